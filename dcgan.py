@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: MIT
+"""DCGAN in one file: train it on pictures of faces, get faces of people who never were.
+
+    python dcgan.py --data toy --epochs 3       drawn faces, no download
+    python dcgan.py --epochs 20                 CelebA, as in the lecture
+    python dcgan.py --generate 1000             pictures from the checkpoint in out/
+
+Sources: Radford, Metz and Chintala 2016 (arXiv:1511.06434); Raschka, STAT 453 (2021), lecture 18.6;
+Chintala et al. 2016, "How to Train a GAN?" (ganhacks); Liu et al. 2015 for the CelebA faces.
+"""
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from contextlib import suppress
+from io import BytesIO
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import datasets, io
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import save_image
+
+# ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
+CELEBA_FOLDER = Path("data/celeba")
+CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = datasets.CelebA.file_list[0]
+CELEBA_PICTURES, CELEBA_TRAIN = 202_599, 162_770    # all of them; the official training partition
+CELEBA_SIZE, CELEBA_CROP = (178, 218), 160          # width x height; the lecture's centre crop
+CELEBA_HELP = (f"put {CELEBA_ZIP} from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into "
+               f"{CELEBA_FOLDER} by hand, or go without: --data toy or --data FOLDER")
+
+class UserError(Exception):
+    """Something the user can mend: main prints it as one line and exits with status 2."""
+
+def toy_faces(count=4096, image_size=64):
+    """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
+    rng, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 64)
+
+    def rand(low, high, channels=1):
+        return low + (high - low) * torch.rand(count, channels, 1, 1, generator=rng)
+
+    images, tan, eye = rand(0, 255, 3).repeat(1, 1, 64, 64), rand(0, 120), rand(0.3, 0.45)
+    head, head_x, head_y = rand(0.5, 0.75), rand(-0.15, 0.15), rand(-0.05, 0.15)
+    for color, x, y, width, height in (     # hair, skin, mouth and eyes, in units of the head
+            (rand(0, 180, 3), 0, -0.2, rand(0.9, 1.1), rand(1.05, 1.25)),
+            (torch.cat([240 - tan, 190 - tan, 150 - tan], 1), 0, 0.05, rand(0.7, 0.85), 1),
+            (torch.cat([250 - tan, tan, tan], 1), 0, 0.5, rand(0.2, 0.5), rand(0.06, 0.16)),
+            (rand(0, 90, 3), eye, -0.2, 0.13, 0.1), (rand(0, 90, 3), -eye, -0.2, 0.13, 0.1)):
+        u, v = ((axis - head_x) / head - x) / width, ((axis[:, None] - head_y) / head - y) / height
+        images.lerp_(color, ((1 - u**2 - v**2) * 12 * width).clamp(0, 1))       # softens the rim
+    return F.interpolate(images.byte(), (image_size, image_size), mode="bilinear", antialias=True)
+
+def find_pictures(path):
+    """Resolve --data: (folder or .zip, sorted names of the pictures in it); may download CelebA."""
+    if path.is_dir() or path == CELEBA_FOLDER:
+        names = [os.path.join(folder, file)[len(str(path)) + 1:]
+                 for folder, _, files in os.walk(path, followlinks=True) for file in files]
+    elif zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+    else:
+        web_page = path.is_file() and path.open("rb").read(512).lstrip().startswith(b"<")
+        what = "a web page" if web_page else "no .zip, or cut off" if path.exists() else "missing"
+        raise UserError(f"{path} is {what}; {CELEBA_HELP}")
+    names = sorted((name for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+                    and "/." not in f"/{name}"), key=lambda name: (os.path.basename(name), name))
+    if len(names) == CELEBA_PICTURES and Path(names[-1]).stem == f"{CELEBA_PICTURES:06d}":
+        names = names[:CELEBA_TRAIN]
+    archive = path / CELEBA_ZIP
+    if not names and path == CELEBA_FOLDER and not archive.exists():
+        download_celeba(path)
+    return find_pictures(archive) if not names and archive.exists() else (path, names)
+
+def download_celeba(folder):
+    """Fetch CelebA's archive of aligned faces, 1.4 GB, into `folder`: all of it or nothing."""
+    print(f"no pictures in {folder}: downloading {CELEBA_ZIP}, 1.4 GB", flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial:
+            archive = Path(partial, CELEBA_ZIP)
+            datasets.utils.download_file_from_google_drive(CELEBA_ID, partial, CELEBA_ZIP)
+            find_pictures(archive)      # says so if what came is no .zip at all
+            if not datasets.utils.check_integrity(archive, CELEBA_MD5):
+                raise UserError(f"its MD5 is not {CELEBA_MD5}")
+            os.replace(archive, folder / CELEBA_ZIP)
+    except Exception as error:      # gdown, the network and the disk fail in many ways
+        raise UserError(f"CelebA's download failed ({error}); {CELEBA_HELP}") from error
+
+def decode(data, image_size=64, crop=None):
+    """An encoded picture (bytes) -> uint8 RGB, 3 x image_size x image_size, or the decoder's error.
+
+    As in the lecture: centre crop (160 for CelebA, else the largest square), antialiased resize.
+    """
+    if data.startswith(b"\xff\xd8") and hasattr(io, "decode_jpeg"):     # Pillow's pixels, but faster
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        image = io.decode_jpeg(encoded, "RGB", apply_exif_orientation=True)
+    else:
+        picture = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+        if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
+            picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+        image = pil_to_tensor(picture.convert("RGB"))
+    height, width = image.shape[1:]
+    side = min(height, width, crop or (CELEBA_CROP if (width, height) == CELEBA_SIZE else width))
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[None, :, top:top + side, left:left + side]
+    return F.interpolate(square, (image_size, image_size), mode="bilinear", antialias=True)[0]
+
+def load_images(path, image_size=64, crop=None):
+    """A folder, a .zip or "toy" as one tensor, uint8, N x 3 x image_size x image_size, cached."""
+    if str(path) == "toy":
+        return toy_faces(image_size=image_size)
+    source, names = find_pictures(Path(path))
+    archive = zipfile.ZipFile(source) if source.is_file() else None
+    stats = map(os.lstat, [source] if archive else [f"{source}/{name}" for name in names])
+    key = repr((image_size, crop, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
+    cache = Path(f"{os.path.abspath(source)}.dcgan.pt")
+    with suppress(Exception):       # absent, damaged or something else
+        saved = torch.load(cache, mmap=True, weights_only=True)
+        if saved["key"] == key:
+            return saved["images"]
+
+    def try_decode(name):
+        try:
+            data = archive.read(name) if archive else (source / name).read_bytes()
+            return decode(data, image_size, crop)
+        except Exception as error:      # a broken picture may raise anything
+            print(f"skipped {source / name}: {' '.join(str(error).split())}", file=sys.stderr)
+
+    images = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
+    count, start = 0, time.time()
+    with ThreadPool() as pool:
+        for done, image in enumerate(pool.imap(try_decode, names, chunksize=32), 1):
+            if image is not None:
+                images[count] = image
+                count += 1
+            if done % (len(names) // 20 + 500) == 0 or done == len(names):
+                left = (time.time() - start) * (len(names) / done - 1)
+                report(f"decoded {done:,} of {len(names):,}, {left:.0f} s left", done == len(names))
+    try:
+        save_atomically({"key": key, "images": images[:count]}, cache)
+    except (OSError, RuntimeError) as error:
+        print(f"no cache, the next start decodes again: {error}", file=sys.stderr)
+    return images[:count]
+
+def save_atomically(content, path):
+    """torch.save that leaves either the old file or the whole new one, whatever happens."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def to_batch(images, index, device="cpu", flip=False, rng=None):
+    """Rows `index` of a uint8 tensor -> float batch in [-1, 1] on `device`; `flip` mirrors half."""
+    batch = images[index.to(images.device)].to(device) / 127.5 - 1
+    if flip:
+        mirror = torch.rand(len(batch), 1, 1, 1, device=device, generator=rng) < 0.5
+        batch = torch.where(mirror, batch.flip(3), batch)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+# ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
+LATENT_DIM, LEAKY_SLOPE = 100, 0.2
+
+def layer_widths(width, image_size):
+    """Channels at 1/2, 1/4, ... of image_size down to 4 x 4: doubling each time, to 8 * width."""
+    if image_size < 8 or image_size & (image_size - 1):
+        raise ValueError(f"image_size must be a power of two from 8 on, not {image_size}")
+    return [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)]
+
+def init_weights(module):
+    """Normal weights of deviation 0.02, batch norm's around 1 (Radford et al. 2016, section 4)."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+
+class Generator(nn.Sequential):
+    """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1]."""
+    def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
+        widths = [latent_dim, *layer_widths(width, image_size)[::-1]]
+        layers = [nn.Unflatten(1, (latent_dim, 1, 1))]                          # 100 x  1 x  1
+        for inputs, outputs in zip(widths, widths[1:]):                         # 512 x  4 x  4
+            stride, padding = (2, 1) if len(layers) > 1 else (1, 0)             # 256 x  8 x  8
+            layers += [                                                         # 128 x 16 x 16
+                nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
+                nn.BatchNorm2d(outputs),                                        #  64 x 32 x 32
+                nn.ReLU(True) if relu else nn.LeakyReLU(LEAKY_SLOPE, True)]
+        layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh()]    # 3 x 64 x 64
+        super().__init__(*layers)
+        self.apply(init_weights)
+
+class Discriminator(nn.Sequential):
+    """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
+    def __init__(self, channels=3, width=64, image_size=64):
+        widths = [channels, *layer_widths(width, image_size)]                   #   3 x 64 x 64
+        layers = []                                                             #  64 x 32 x 32
+        for inputs, outputs in zip(widths, widths[1:]):                         # 128 x 16 x 16
+            norm = [nn.BatchNorm2d(outputs)] if layers else []                  # 256 x  8 x  8
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=not norm),      # 512 x  4 x  4
+                       *norm, nn.LeakyReLU(LEAKY_SLOPE, True)]
+        super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4), nn.Flatten())    # 1
+        self.apply(init_weights)
+
+# ---- The step: one round of the game (Goodfellow et al. 2014; lecture 18.6) ----------------------
+def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, bf16=False,
+               fresh_noise=False, label_smoothing=0.0, flip_labels=0.0, rng=None):
+    """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
+
+    G maps latents N x latent_dim to images, D images to logits N x 1, both in autocast if `bf16`.
+    Returns loss_d, loss_g and D's means D(x) and D(G(z)), one tensor, so that nothing waits for it.
+    """
+    n, device, bce = len(real), real.device, F.binary_cross_entropy_with_logits
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    swapped = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
+    real_labels = torch.where(swapped[0], 0.0, 1.0 - label_smoothing)       # one-sided
+    fake_labels = torch.where(swapped[1], 1.0 - label_smoothing, 0.0)
+
+    # Discriminator: maximise log D(x) + log(1 - D(G(z))); one batch each, for batch norm's sake
+    with autocast:
+        fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
+        real_logits, fake_logits = D(real).float(), D(fake.detach()).float()
+    loss_d = (bce(real_logits, real_labels) + bce(fake_logits, fake_labels)) / 2
+    optimizer_d.zero_grad()
+    loss_d.backward()
+    optimizer_d.step()
+
+    # Generator: maximise log D(G(z)), the non-saturating loss; D only passes the gradient on
+    D.requires_grad_(False)
+    with autocast:
+        if fresh_noise:
+            fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
+        logits = D(fake).float()
+    loss_g = bce(logits, torch.ones_like(logits))
+    optimizer_g.zero_grad()
+    loss_g.backward()
+    optimizer_g.step()
+    D.requires_grad_(True)
+    scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+    return torch.stack([loss_d, loss_g, *scores]).detach()
+
+# ---- The run: measures, epochs, checkpoints ------------------------------------------------------
+@torch.no_grad()
+def sample(generator, latents):
+    """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; generator in eval mode."""
+    return torch.cat([((generator(some) + 1) * 127.5).round().byte().cpu()
+                      for some in latents.split(128)])
+
+def compare(fake, real):
+    """Two sets of uint8 images -> (sliced Wasserstein distance x 1000, diversity), at 16 x 16.
+
+    The distance (Rabin et al. 2011) is the mean gap along 256 random directions; diversity is how
+    far the fakes are from each other, over how far the reals are: near 0 is mode collapse.
+    """
+    fake, real = (torch.cat([F.adaptive_avg_pool2d(some / 127.5 - 1, 16).flatten(1)
+                             for some in images.split(128)]) for images in (fake, real))
+    n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(fake.shape[1], 256, generator=rng), dim=0)
+    gaps = (fake[:n] @ directions).sort(0).values - (real[:n] @ directions).sort(0).values
+    return 1000 * gaps.abs().mean(), torch.pdist(fake).mean() / torch.pdist(real).mean()
+
+def report(line, end=True):
+    """Print a line; on a terminal, cut to its width and written over unless it is an end."""
+    if sys.stdout.isatty() and not end:
+        line = f"{line[:os.get_terminal_size().columns - 1]}\033[K\r"
+    print(line, end="" if line.endswith("\r") else "\n", flush=True)
+
+def train(args, checkpoint=None):
+    """Train as the flags say, from a checkpoint if given, and leave everything in args.out."""
+    out, device, n = Path(args.out), torch.device(args.device), args.batch_size
+    if not checkpoint and (out / "checkpoint.pt").exists():
+        raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
+    images = load_images(args.data, args.image_size, args.crop)
+    needed = checkpoint["pictures"] if checkpoint else max(n, len(images))
+    if len(images) != needed:
+        raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)
+    able = torch.cpu.get_capabilities()
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+              device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")))
+    bf16 = bool(native) if args.precision == "auto" else args.precision == "bf16"
+    epoch_steps, epochs = (1, 1) if args.dry_run else (len(images) // n, args.epochs)
+
+    torch.manual_seed(args.seed)
+    G = Generator(width=args.width, image_size=args.image_size, relu=args.activation == "relu")
+    D = Discriminator(width=args.width, image_size=args.image_size)
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    adam = {"betas": (args.beta1, 0.999), "fused": True}
+    optimizer_g = torch.optim.Adam(G.parameters(), args.lr_g, **adam)
+    optimizer_d = (torch.optim.SGD(D.parameters(), args.lr_d) if args.optimizer_d == "sgd"
+                   else torch.optim.Adam(D.parameters(), args.lr_d, **adam))
+    ema = AveragedModel(G, use_buffers=True).eval()
+    parts = {"generator": G, "discriminator": D, "ema": ema,
+             "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    rng, fixed = (torch.Generator(d).manual_seed(args.seed) for d in (device, "cpu"))
+    columns = ("epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "swd", "diversity")
+    first, history, log = 0, torch.empty(0, 4), [",".join(columns)]
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        rng.set_state(checkpoint["rng"])
+        first, history, log = checkpoint["step"], checkpoint["history"], checkpoint["log"]
+    sizes = " + ".join(f"{sum(p.numel() for p in net.parameters()):,}" for net in (G, D))
+    report(f"{len(images):,} pictures from {args.data}; {device}, {'bf16' if bf16 else 'fp32'}; "
+           f"parameters of generator + discriminator: {sizes}")
+
+    latents = torch.randn(1024, LATENT_DIM, generator=fixed).to(device)
+    real = images[torch.randperm(len(images), generator=fixed)[:1024].to(images.device)].cpu()
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    save_image(real[:64] / 255, out / "real.png")
+    recent, stop = [], []
+    for signum in (signal.SIGINT, signal.SIGTERM):      # take effect between two steps
+        signal.signal(signum, lambda signum, frame: stop.append(signum))
+    start = shown = time.time()
+    for step in range(first + 1, epochs * epoch_steps + 1):
+        epoch, i = divmod(step - 1, epoch_steps)
+        if i == 0 or step == first + 1:
+            order = torch.randperm(len(images), generator=fixed.manual_seed(args.seed + epoch))
+        batch = to_batch(images, order[i * n:(i + 1) * n], device, args.flip, rng)
+        recent.append(train_step(
+            G, D, optimizer_g, optimizer_d, batch, bf16=bf16, fresh_noise=args.fresh_noise,
+            label_smoothing=args.label_smoothing, flip_labels=args.flip_labels, rng=rng))
+        ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, step / (9 + step)))       # warmed up
+        ema.update_parameters(G)
+        epoch_done, log_it = step % epoch_steps == 0, step % args.log_interval == 0
+        if not (epoch_done or log_it or stop):
+            continue
+        rows = torch.stack(recent).cpu()        # only here does the host wait for the device
+        if not all(x.isfinite().all() for x in (rows, *G.parameters(), *D.parameters())):
+            raise UserError(f"not finite at step {step}: try a lower --lr-g and --lr-d; the last "
+                            "checkpoint is kept")
+        history = torch.cat([history, rows])
+        row = [epoch + 1, step, *rows[-1].tolist()]
+        if epoch_done:
+            fakes = sample(ema, latents)
+            row += [x.item() for x in compare(fakes, real)]
+            save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch + 1:03d}.png")
+            plot_losses(history[:, :2], epoch_steps, out / "losses.png")
+        if epoch_done or log_it:
+            log = [*log, ",".join(f"{round(value, 4)}" for value in row) + "," * (8 - len(row))]
+            (out / "log.csv").write_text("\n".join(log) + "\n")
+        speed, shown, recent = len(recent) * n / (time.time() - shown), time.time(), []
+        left = (shown - start) / (step - first) * (epochs * epoch_steps - step)
+        report("  ".join(f"{name} {round(value, 3)}" for name, value in zip(columns, row))
+               + f"  {speed:,.0f} images/s  {left:.0f} s left", epoch_done or stop)
+        if epoch_done and row[-1] < 0.5:
+            report("warning: the generator collapses; try a lower --lr-d or another --seed")
+        if epoch_done and history[-epoch_steps:, 0].max() < 0.05:
+            report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
+        if (epoch_done or stop) and not args.dry_run:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "history": history, "log": log, "rng": rng.get_state()}
+            state |= {"pictures": len(images), "settings": {
+                name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}}
+            save_atomically(state, out / "checkpoint.pt")
+            if stop:
+                report(f"stopped after step {step}: go on with --resume")
+                raise SystemExit(128 + stop[0])
+    frame, *frames = map(Image.open, sorted(out.glob("samples/epoch_*.png")))
+    frame.save(out / "samples.gif", save_all=True, append_images=frames, duration=500, loop=0)
+    report(f"done in {time.time() - start:.0f} s: see {out}")
+
+def generate(args, checkpoint):
+    """Write args.generate pictures from a checkpoint into generated/, and a grid of the first."""
+    out, rng = Path(args.out, "generated"), torch.Generator().manual_seed(args.seed)
+    G = Generator(width=args.width, image_size=args.image_size, relu=args.activation == "relu")
+    ema = AveragedModel(G, use_buffers=True).to(args.device).eval()
+    ema.load_state_dict(checkpoint["ema"])
+    images = sample(ema, torch.randn(args.generate, LATENT_DIM, generator=rng).to(args.device))
+    out.mkdir(exist_ok=True)
+    for file in out.glob("*.png"):      # an earlier call's
+        file.unlink()
+    for i, image in enumerate(images, 1):
+        save_image(image / 255, out / f"{i:06d}.png")
+    save_image(images[:64] / 255, f"{out}.png")
+    print(f"{args.generate} pictures in {out}, a grid in {out}.png")
+
+def plot_losses(losses, epoch_steps, path):
+    """Draw loss_d and loss_g (steps x 2) over epochs as a PNG: faint per step, bold smoothed."""
+    image, font, grey = Image.new("RGB", (1600, 900), "white"), ImageFont.load_default(28), "#444"
+    draw, left, top, right, bottom = ImageDraw.Draw(image), 110, 50, 1560, 800
+    epochs, highest = len(losses) / epoch_steps, int(losses.quantile(0.995).item() + 0.1) + 1
+    for k in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        x, y = left + k * (right - left), bottom - k * (bottom - top)
+        draw.line([(left, y), (right, y)], "#ddd", 2)
+        draw.line([(x, bottom), (x, bottom + 10)], grey, 2)
+        draw.text((left - 15, y), f"{k * highest:.3g}", grey, font, "rm")
+        draw.text((x, bottom + 18), f"{k * epochs:.3g}", grey, font, "mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], grey, 3)
+    draw.text(((left + right) / 2, 885), "epoch", grey, font, "mb")
+    window, xs = len(losses) // 100 * 2 + 1, torch.linspace(left, right, len(losses)).tolist()
+    smooth = F.avg_pool1d(losses.T, window, 1, window // 2, count_include_pad=False).T
+    for i, name, faint, bold in ((0, "discriminator loss", "#b9d4f0", "#1f5fa8"),
+                                 (1, "generator loss", "#f8d3b0", "#d2691e")):
+        for values, color, thickness in ((losses[:, i], faint, 2), (smooth[:, i], bold, 5)):
+            ys = bottom - (values / highest).clamp(max=1) * (bottom - top)
+            draw.line(list(zip(xs, ys.tolist())), color, thickness, "curve")
+        draw.line([(right - 360, top + 40 * i), (right - 300, top + 40 * i)], bold, 6)
+        draw.text((right - 285, top + 40 * i), name, grey, font, "lm")
+    image.resize((800, 450), Image.Resampling.LANCZOS).save(path)
+
+# ---- The command line ----------------------------------------------------------------------------
+NOT_SETTINGS = ("out", "device", "resume", "generate", "dry_run")      # not kept in checkpoints
+
+def main(argv=None):
+    """Parse the command line, check it, and train or generate."""
+    def fail(message):
+        print(f"dcgan.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def number(kind, low, high=float("inf")):
+        def parse(text):
+            if low <= kind(text) <= high:
+                return kind(text)
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return parse
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = fail
+    count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default=str(CELEBA_FOLDER), help="folder or .zip of pictures, or toy")
+    add("--image-size", type=int, default=64, choices=(32, 64, 128, 256), help="in pixels")
+    add("--crop", type=count, help="pixels of the centre crop (160 for CelebA, else all)")
+    add = parser.add_argument_group("networks").add_argument
+    add("--width", type=count, default=64, help="channels at half the image size")
+    add("--activation", choices=("leaky_relu", "relu"), default="leaky_relu", help="generator's")
+    add("--ema", type=share, default=0.999, help="decay of the generator's moving average")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=count, default=20)
+    add("--batch-size", type=count, default=128)
+    add("--lr-g", type=rate, default=2e-4, help="generator's learning rate")
+    add("--lr-d", type=rate, default=2e-4, help="discriminator's learning rate")
+    add("--beta1", type=share, default=0.5, help="of Adam")
+    add("--optimizer-d", choices=("adam", "sgd"), default="adam", help="discriminator's")
+    add = parser.add_argument_group("tricks, off by default").add_argument
+    add("--fresh-noise", action="store_true", help="new noise for the generator's half of a step")
+    add("--label-smoothing", type=share, default=0.0, metavar="S", help="real labels are 1 - S")
+    add("--flip-labels", type=share, default=0.0, metavar="P", help="share of D's labels swapped")
+    add("--flip", action="store_true", help="mirror half of the real images")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="out", help="folder for everything that the run makes")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--generate", type=count, metavar="N", help="write N pictures from that checkpoint")
+    add("--seed", type=number(int, 0), default=42)
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator torch finds)")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    add("--log-interval", type=count, default=100, metavar="STEPS")
+    add("--dry-run", action="store_true", help="one step, one of each picture, done")
+    args, checkpoint = parser.parse_args(argv), None
+    try:
+        if args.resume or args.generate:
+            path = Path(args.out, "checkpoint.pt")
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                saved = checkpoint["settings"]
+            except Exception:
+                raise UserError(f"{path} is {'no checkpoint' if path.exists() else 'missing'}")
+            args = parser.parse_args(argv, argparse.Namespace(**saved))     # now the defaults
+            free = {"epochs", "log_interval", "precision", args.generate and "seed"}
+            for name in sorted(saved.keys() - free):
+                if getattr(args, name) != saved[name]:
+                    flag = "--" + name.replace("_", "-")
+                    fail(f"{flag} {getattr(args, name)}: the run in {args.out} has {flag} {saved[name]}")
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        args.device = args.device or str(found)
+        try:
+            torch.zeros(1, device=args.device).item()
+        except (RuntimeError, AssertionError):
+            raise UserError(f"--device {args.device}: not there; torch finds {found}")
+        generate(args, checkpoint) if args.generate else train(args, checkpoint)
+    except (UserError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+
+if __name__ == "__main__":
+    main()
