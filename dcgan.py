@@ -34,8 +34,7 @@ CELEBA_FOLDER = Path("data/celeba")
 CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = datasets.CelebA.file_list[0]
 CELEBA_PICTURES, CELEBA_TRAIN = 202_599, 162_770    # all of them; the official training partition
 CELEBA_SIZE, CELEBA_CROP = (178, 218), 160          # width x height; the lecture's centre crop
-CELEBA_HELP = (f"put {CELEBA_ZIP} from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into "
-               f"{CELEBA_FOLDER} by hand, or go without: --data toy or --data FOLDER")
+CELEBA_HELP = f"put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand, or use --data toy or --data FOLDER"
 
 class UserError(Exception):
     """Something the user can mend: main prints it as one line and exits with status 2."""
@@ -43,10 +42,8 @@ class UserError(Exception):
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
     rng, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 64)
-
     def rand(low, high, channels=1):
         return low + (high - low) * torch.rand(count, channels, 1, 1, generator=rng)
-
     images, tan, eye = rand(0, 255, 3).repeat(1, 1, 64, 64), rand(0, 120), rand(0.3, 0.45)
     head, head_x, head_y = rand(0.5, 0.75), rand(-0.15, 0.15), rand(-0.05, 0.15)
     for color, x, y, width, height in (     # hair, skin, mouth and eyes, in units of the head
@@ -66,8 +63,8 @@ def find_pictures(path):
     elif zipfile.is_zipfile(path):
         names = zipfile.ZipFile(path).namelist()
     else:
-        web_page = path.is_file() and path.open("rb").read(512).lstrip().startswith(b"<")
-        what = "a web page" if web_page else "no .zip, or cut off" if path.exists() else "missing"
+        html = path.is_file() and path.open("rb").read(512).lstrip().startswith(b"<")
+        what = "a web page" if html else "cut off, or no .zip" if path.exists() else "not there"
         raise UserError(f"{path} is {what}; {CELEBA_HELP}")
     names = sorted((name for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
                     and "/." not in f"/{name}"), key=lambda name: (os.path.basename(name), name))
@@ -94,11 +91,8 @@ def download_celeba(folder):
         raise UserError(f"CelebA's download failed ({error}); {CELEBA_HELP}") from error
 
 def decode(data, image_size=64, crop=None):
-    """An encoded picture (bytes) -> uint8 RGB, 3 x image_size x image_size, or the decoder's error.
-
-    As in the lecture: centre crop (160 for CelebA, else the largest square), antialiased resize.
-    """
-    if data.startswith(b"\xff\xd8") and hasattr(io, "decode_jpeg"):     # Pillow's pixels, but faster
+    """An encoded picture (bytes) -> uint8 RGB, 3 x image_size x image_size, as in the lecture."""
+    if data.startswith(b"\xff\xd8") and hasattr(io, "decode_jpeg"):     # as Pillow, but faster
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         image = io.decode_jpeg(encoded, "RGB", apply_exif_orientation=True)
     else:
@@ -106,7 +100,7 @@ def decode(data, image_size=64, crop=None):
         if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
             picture = picture.convert("I").point(lambda value: value / 256).convert("L")
         image = pil_to_tensor(picture.convert("RGB"))
-    height, width = image.shape[1:]
+    height, width = image.shape[1:]         # centre crop: 160 for CelebA, else the largest square
     side = min(height, width, crop or (CELEBA_CROP if (width, height) == CELEBA_SIZE else width))
     top, left = (height - side) // 2, (width - side) // 2
     square = image[None, :, top:top + side, left:left + side]
@@ -125,7 +119,6 @@ def load_images(path, image_size=64, crop=None):
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["key"] == key:
             return saved["images"]
-
     def try_decode(name):
         try:
             data = archive.read(name) if archive else (source / name).read_bytes()
@@ -169,12 +162,6 @@ def to_batch(images, index, device="cpu", flip=False, rng=None):
 # ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
 LATENT_DIM, LEAKY_SLOPE = 100, 0.2
 
-def layer_widths(width, image_size):
-    """Channels at 1/2, 1/4, ... of image_size down to 4 x 4: doubling each time, to 8 * width."""
-    if image_size < 8 or image_size & (image_size - 1):
-        raise ValueError(f"image_size must be a power of two from 8 on, not {image_size}")
-    return [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)]
-
 def init_weights(module):
     """Normal weights of deviation 0.02, batch norm's around 1 (Radford et al. 2016, section 4)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
@@ -183,22 +170,20 @@ def init_weights(module):
 class Generator(nn.Sequential):
     """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1]."""
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
-        widths = [latent_dim, *layer_widths(width, image_size)[::-1]]
+        widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)] + [latent_dim]
         layers = [nn.Unflatten(1, (latent_dim, 1, 1))]                          # 100 x  1 x  1
-        for inputs, outputs in zip(widths, widths[1:]):                         # 512 x  4 x  4
+        for inputs, outputs in zip(widths[::-1], widths[-2::-1]):               # 512 x  4 x  4
             stride, padding = (2, 1) if len(layers) > 1 else (1, 0)             # 256 x  8 x  8
-            layers += [                                                         # 128 x 16 x 16
-                nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
-                nn.BatchNorm2d(outputs),                                        #  64 x 32 x 32
-                nn.ReLU(True) if relu else nn.LeakyReLU(LEAKY_SLOPE, True)]
-        layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh()]    # 3 x 64 x 64
-        super().__init__(*layers)
+            layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
+                       nn.BatchNorm2d(outputs),                                 # 128 x 16 x 16
+                       nn.ReLU(True) if relu else nn.LeakyReLU(LEAKY_SLOPE, True)]  # 64 x 32 x 32
+        super().__init__(*layers, nn.ConvTranspose2d(widths[0], channels, 4, 2, 1), nn.Tanh())
         self.apply(init_weights)
 
 class Discriminator(nn.Sequential):
     """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
     def __init__(self, channels=3, width=64, image_size=64):
-        widths = [channels, *layer_widths(width, image_size)]                   #   3 x 64 x 64
+        widths = [channels, *(width * min(2**i, 8) for i in range(image_size.bit_length() - 3))]
         layers = []                                                             #  64 x 32 x 32
         for inputs, outputs in zip(widths, widths[1:]):                         # 128 x 16 x 16
             norm = [nn.BatchNorm2d(outputs)] if layers else []                  # 256 x  8 x  8
@@ -213,8 +198,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
 
     G maps latents N x latent_dim to images, D images to logits N x 1, both in autocast if `bf16`.
-    Returns loss_d, loss_g and D's means D(x) and D(G(z)), one tensor, so that nothing waits for it.
-    """
+    Returns loss_d, loss_g and the means D(x) and D(G(z)) in one tensor: nothing waits for it."""
     n, device, bce = len(real), real.device, F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     swapped = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
@@ -248,15 +232,11 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 @torch.no_grad()
 def sample(generator, latents):
     """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; generator in eval mode."""
-    return torch.cat([((generator(some) + 1) * 127.5).round().byte().cpu()
+    return torch.cat([(generator(some) * 127.5 + 127.5).round().byte().cpu()
                       for some in latents.split(128)])
 
 def compare(fake, real):
-    """Two sets of uint8 images -> (sliced Wasserstein distance x 1000, diversity), at 16 x 16.
-
-    The distance (Rabin et al. 2011) is the mean gap along 256 random directions; diversity is how
-    far the fakes are from each other, over how far the reals are: near 0 is mode collapse.
-    """
+    """Two sets of uint8 images -> sliced Wasserstein distance x 1000 (Rabin 2011), diversity."""
     fake, real = (torch.cat([F.adaptive_avg_pool2d(some / 127.5 - 1, 16).flatten(1)
                              for some in images.split(128)]) for images in (fake, real))
     n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
@@ -276,40 +256,35 @@ def train(args, checkpoint=None):
     if not checkpoint and (out / "checkpoint.pt").exists():
         raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
     images = load_images(args.data, args.image_size, args.crop)
-    needed = checkpoint["pictures"] if checkpoint else max(n, len(images))
-    if len(images) != needed:
+    if len(images) != (needed := checkpoint["pictures"] if checkpoint else max(n, len(images))):
         raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     able = torch.cpu.get_capabilities()
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
               device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")))
-    bf16 = bool(native) if args.precision == "auto" else args.precision == "bf16"
+    precision = args.precision if args.precision != "auto" else "bf16" if native else "fp32"
     epoch_steps, epochs = (1, 1) if args.dry_run else (len(images) // n, args.epochs)
-
     torch.manual_seed(args.seed)
     G = Generator(width=args.width, image_size=args.image_size, relu=args.activation == "relu")
     D = Discriminator(width=args.width, image_size=args.image_size)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    adam = {"betas": (args.beta1, 0.999), "fused": True}
-    optimizer_g = torch.optim.Adam(G.parameters(), args.lr_g, **adam)
-    optimizer_d = (torch.optim.SGD(D.parameters(), args.lr_d) if args.optimizer_d == "sgd"
-                   else torch.optim.Adam(D.parameters(), args.lr_d, **adam))
+    optimizer_g = torch.optim.Adam(G.parameters(), args.lr_g, (args.beta1, 0.999), fused=True)
+    optimizer_d = (torch.optim.SGD(D.parameters(), args.lr_d) if args.optimizer_d == "sgd" else
+                   torch.optim.Adam(D.parameters(), args.lr_d, (args.beta1, 0.999), fused=True))
     ema = AveragedModel(G, use_buffers=True).eval()
     parts = {"generator": G, "discriminator": D, "ema": ema,
              "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
     rng, fixed = (torch.Generator(d).manual_seed(args.seed) for d in (device, "cpu"))
-    columns = ("epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "swd", "diversity")
-    first, history, log = 0, torch.empty(0, 4), [",".join(columns)]
+    log = ["epoch,step,loss_d,loss_g,D(x),D(G(z)),swd,diversity"]
+    first, history = 0, torch.empty(0, 4)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         rng.set_state(checkpoint["rng"])
         first, history, log = checkpoint["step"], checkpoint["history"], checkpoint["log"]
     sizes = " + ".join(f"{sum(p.numel() for p in net.parameters()):,}" for net in (G, D))
-    report(f"{len(images):,} pictures from {args.data}; {device}, {'bf16' if bf16 else 'fp32'}; "
-           f"parameters of generator + discriminator: {sizes}")
-
+    report(f"{args.data}: {len(images):,} pictures; {device}, {precision}; {sizes} parameters")
     latents = torch.randn(1024, LATENT_DIM, generator=fixed).to(device)
     real = images[torch.randperm(len(images), generator=fixed)[:1024].to(images.device)].cpu()
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -324,8 +299,9 @@ def train(args, checkpoint=None):
             order = torch.randperm(len(images), generator=fixed.manual_seed(args.seed + epoch))
         batch = to_batch(images, order[i * n:(i + 1) * n], device, args.flip, rng)
         recent.append(train_step(
-            G, D, optimizer_g, optimizer_d, batch, bf16=bf16, fresh_noise=args.fresh_noise,
-            label_smoothing=args.label_smoothing, flip_labels=args.flip_labels, rng=rng))
+            G, D, optimizer_g, optimizer_d, batch, bf16=precision == "bf16", rng=rng,
+            fresh_noise=args.fresh_noise, label_smoothing=args.label_smoothing,
+            flip_labels=args.flip_labels))
         ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, step / (9 + step)))       # warmed up
         ema.update_parameters(G)
         epoch_done, log_it = step % epoch_steps == 0, step % args.log_interval == 0
@@ -333,8 +309,7 @@ def train(args, checkpoint=None):
             continue
         rows = torch.stack(recent).cpu()        # only here does the host wait for the device
         if not all(x.isfinite().all() for x in (rows, *G.parameters(), *D.parameters())):
-            raise UserError(f"not finite at step {step}: try a lower --lr-g and --lr-d; the last "
-                            "checkpoint is kept")
+            raise UserError(f"not finite at step {step}, checkpoint kept: lower --lr-g and --lr-d")
         history = torch.cat([history, rows])
         row = [epoch + 1, step, *rows[-1].tolist()]
         if epoch_done:
@@ -347,18 +322,18 @@ def train(args, checkpoint=None):
             (out / "log.csv").write_text("\n".join(log) + "\n")
         speed, shown, recent = len(recent) * n / (time.time() - shown), time.time(), []
         left = (shown - start) / (step - first) * (epochs * epoch_steps - step)
-        report("  ".join(f"{name} {round(value, 3)}" for name, value in zip(columns, row))
-               + f"  {speed:,.0f} images/s  {left:.0f} s left", epoch_done or stop)
-        if epoch_done and row[-1] < 0.5:
+        text = "  ".join(f"{k} {round(v, 3)}" for k, v in zip(log[0].split(","), row))
+        report(f"{text}  {speed:,.0f} images/s  {left:.0f} s left", epoch_done or stop)
+        if epoch_done and step > 300 and row[-1] < 0.5:     # early on, all fakes are alike
             report("warning: the generator collapses; try a lower --lr-d or another --seed")
         if epoch_done and history[-epoch_steps:, 0].max() < 0.05:
             report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
         if (epoch_done or stop) and not args.dry_run:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "history": history, "log": log, "rng": rng.get_state()}
-            state |= {"pictures": len(images), "settings": {
-                name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}}
-            save_atomically(state, out / "checkpoint.pt")
+            run_only = {"out", "resume", "generate", "device", "dry_run"}
+            save_atomically({
+                "settings": {k: v for k, v in vars(args).items() if k not in run_only}, "log": log,
+                "pictures": len(images), "step": step, "history": history, "rng": rng.get_state(),
+                **{name: part.state_dict() for name, part in parts.items()}}, out / "checkpoint.pt")
             if stop:
                 report(f"stopped after step {step}: go on with --resume")
                 raise SystemExit(128 + stop[0])
@@ -406,33 +381,29 @@ def plot_losses(losses, epoch_steps, path):
     image.resize((800, 450), Image.Resampling.LANCZOS).save(path)
 
 # ---- The command line ----------------------------------------------------------------------------
-NOT_SETTINGS = ("out", "device", "resume", "generate", "dry_run")      # not kept in checkpoints
-
 def main(argv=None):
     """Parse the command line, check it, and train or generate."""
     def fail(message):
         print(f"dcgan.py: error: {' '.join(str(message).split())}", file=sys.stderr)
         raise SystemExit(2)
-
     def number(kind, low, high=float("inf")):
         def parse(text):
             if low <= kind(text) <= high:
                 return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return parse
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
     add = parser.add_argument_group("data").add_argument
     add("--data", default=str(CELEBA_FOLDER), help="folder or .zip of pictures, or toy")
     add("--image-size", type=int, default=64, choices=(32, 64, 128, 256), help="in pixels")
     add("--crop", type=count, help="pixels of the centre crop (160 for CelebA, else all)")
-    add = parser.add_argument_group("networks").add_argument
+    add = parser.add_argument_group("networks and training").add_argument
     add("--width", type=count, default=64, help="channels at half the image size")
     add("--activation", choices=("leaky_relu", "relu"), default="leaky_relu", help="generator's")
     add("--ema", type=share, default=0.999, help="decay of the generator's moving average")
-    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=20)
     add("--batch-size", type=count, default=128)
     add("--lr-g", type=rate, default=2e-4, help="generator's learning rate")
@@ -449,36 +420,30 @@ def main(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--generate", type=count, metavar="N", help="write N pictures from that checkpoint")
     add("--seed", type=number(int, 0), default=42)
-    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator torch finds)")
+    add("--device", default=str(found), help="cpu, cuda, cuda:1, mps, ...")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     add("--log-interval", type=count, default=100, metavar="STEPS")
     add("--dry-run", action="store_true", help="one step, one of each picture, done")
     args, checkpoint = parser.parse_args(argv), None
     try:
         if args.resume or args.generate:
-            path = Path(args.out, "checkpoint.pt")
             try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(f"{args.out}/checkpoint.pt", "cpu", weights_only=True)
                 saved = checkpoint["settings"]
             except Exception:
-                raise UserError(f"{path} is {'no checkpoint' if path.exists() else 'missing'}")
+                raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged one")
             args = parser.parse_args(argv, argparse.Namespace(**saved))     # now the defaults
             free = {"epochs", "log_interval", "precision", args.generate and "seed"}
             for name in sorted(saved.keys() - free):
                 if getattr(args, name) != saved[name]:
-                    flag = "--" + name.replace("_", "-")
-                    fail(f"{flag} {getattr(args, name)}: the run in {args.out} has {flag} {saved[name]}")
-        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        args.device = args.device or str(found)
+                    fail(f"{args.out} has --{name.replace('_', '-')} {saved[name]}")
         try:
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError):
             raise UserError(f"--device {args.device}: not there; torch finds {found}")
         generate(args, checkpoint) if args.generate else train(args, checkpoint)
-    except (UserError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        fail(str(error) or "interrupted")
 
 if __name__ == "__main__":
     main()

@@ -108,13 +108,6 @@ def test_layers_follow_the_paper():
     assert not any(isinstance(m, nn.ReLU) for m in G)
 
 
-@pytest.mark.parametrize("size", [4, 48, 65])
-def test_image_sizes_that_cannot_be(size):
-    for network in (dcgan.Generator, dcgan.Discriminator):
-        with pytest.raises(ValueError, match=str(size)):
-            network(image_size=size)
-
-
 # ---- the step ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fresh_noise", [False, True])
@@ -546,7 +539,7 @@ def test_a_loss_that_is_not_finite(pictures, monkeypatch, capsys):
     (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"), (["--lr-d", "-1"], "-1"),
     (["--data", "nowhere"], "nowhere"), (["--data", "empty"], "empty"), (["--data", "page.zip"], "web page"),
     (["--data", "text.zip"], "text.zip"), (["--data", "broken"], "broken"), (["--batch-size", "41"], "40 "),
-    (["--resume"], "checkpoint.pt"), (["--generate", "3", "--out", "bad"], "bad"), (["--nonsense"], "--nonsense")])
+    (["--resume"], "holds no checkpoint"), (["--generate", "3", "--out", "bad"], "bad"), (["--nonsense"], "--nonsense")])
 def test_bad_input(argv, told, pictures, capsys):
     Path("empty").mkdir()
     for folder, file in (("broken", "x.png"), ("bad", "checkpoint.pt")):
@@ -563,7 +556,7 @@ def test_bad_input(argv, told, pictures, capsys):
 def test_a_finished_run_is_not_overwritten(finished, pictures, capsys):
     assert "--resume" in fails(capsys, "--data", pictures, "--out", finished, *SMALL)
     line = fails(capsys, "--resume", "--out", finished, "--batch-size", 4, "--device", "cpu")
-    assert "--batch-size 4" in line and "--batch-size 8" in line
+    assert "--batch-size 8" in line
 
 
 def test_import_does_nothing():
