@@ -44,15 +44,15 @@ def toy_faces(count=4096, image_size=64):
     rng, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 64)
     def rand(low, high, channels=1):
         return low + (high - low) * torch.rand(count, channels, 1, 1, generator=rng)
-    images, tan, eye = rand(0, 255, 3).repeat(1, 1, 64, 64), rand(0, 120), rand(0.3, 0.45)
-    head, head_x, head_y = rand(0.5, 0.75), rand(-0.15, 0.15), rand(-0.05, 0.15)
+    images, tan, eye = rand(90, 210, 3).repeat(1, 1, 64, 64), rand(0, 120), rand(0.3, 0.45)
+    head, head_x, head_y = rand(0.55, 0.75), rand(-0.1, 0.1), rand(-0.05, 0.1)
     for color, x, y, width, height in (     # hair, skin, mouth and eyes, in units of the head
-            (rand(0, 180, 3), 0, -0.2, rand(0.9, 1.1), rand(1.05, 1.25)),
+            (rand(20, 120, 3), 0, -0.2, rand(0.9, 1.1), rand(1.05, 1.25)),
             (torch.cat([240 - tan, 190 - tan, 150 - tan], 1), 0, 0.05, rand(0.7, 0.85), 1),
             (torch.cat([250 - tan, tan, tan], 1), 0, 0.5, rand(0.2, 0.5), rand(0.06, 0.16)),
             (rand(0, 90, 3), eye, -0.2, 0.13, 0.1), (rand(0, 90, 3), -eye, -0.2, 0.13, 0.1)):
         u, v = ((axis - head_x) / head - x) / width, ((axis[:, None] - head_y) / head - y) / height
-        images.lerp_(color, ((1 - u**2 - v**2) * 12 * width).clamp(0, 1))       # softens the rim
+        images.lerp_(color, ((1 - u**2 - v**2) * 4 * width).clamp(0, 1))       # softens the rim
     return F.interpolate(images.byte(), (image_size, image_size), mode="bilinear", antialias=True)
 
 def find_pictures(path):
