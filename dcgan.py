@@ -404,8 +404,8 @@ def main(argv=None):
     add("--width", type=count, default=64, help="channels at half the image size")
     add("--activation", choices=("leaky_relu", "relu"), default="leaky_relu", help="generator's")
     add("--ema", type=share, default=0.999, help="decay of the generator's moving average")
-    add("--epochs", type=count, default=20)
-    add("--batch-size", type=count, default=128)
+    add("--epochs", type=count, default=20, help="passes over the pictures")
+    add("--batch-size", type=count, default=128, help="images a step")
     add("--lr-g", type=rate, default=2e-4, help="generator's learning rate")
     add("--lr-d", type=rate, default=2e-4, help="discriminator's learning rate")
     add("--beta1", type=share, default=0.5, help="of Adam")
@@ -418,11 +418,11 @@ def main(argv=None):
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="folder for everything that the run makes")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--generate", type=count, metavar="N", help="write N pictures from that checkpoint")
-    add("--seed", type=number(int, 0), default=42)
+    add("--generate", type=count, metavar="N", help="write N pictures from it instead")
+    add("--seed", type=number(int, 0), default=42, help="decides all that is random")
     add("--device", default=str(found), help="cpu, cuda, cuda:1, mps, ...")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    add("--log-interval", type=count, default=100, metavar="STEPS")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 if native")
+    add("--log-interval", type=count, default=100, metavar="N", help="steps between rows")
     add("--dry-run", action="store_true", help="one step, one of each picture, done")
     args, checkpoint = parser.parse_args(argv), None
     try:
