@@ -87,7 +87,7 @@ def download_celeba(folder):
                 raise UserError(f"its MD5 is not {CELEBA_MD5}")
             os.replace(archive, folder / CELEBA_ZIP)
     except Exception as error:      # gdown, the network and the disk fail in many ways
-        raise UserError(f"CelebA's download failed ({error}); {CELEBA_HELP}") from error
+        raise UserError(f"CelebA's download failed ({str(error).split('; put')[0]}); {CELEBA_HELP}")
 
 def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> uint8 RGB, 3 x image_size x image_size, as in the lecture."""
@@ -320,8 +320,8 @@ def train(args, checkpoint=None):
             (out / "log.csv").write_text("\n".join(log) + "\n")
         speed, shown, recent = len(recent) * n / (time.time() - shown), time.time(), []
         left = (shown - start) / (step - first) * (epochs * epoch_steps - step)
-        text = "  ".join(f"{k} {round(v, 3)}" for k, v in zip(log[0].split(","), row))
-        report(f"{text}  {speed:,.0f} images/s  {left:.0f} s left", epoch_done or stop)
+        text = " ".join(f"{name} {round(x, 2)}" for name, x in zip(log[0].split(","), row))
+        report(f"{text} {left:.0f} s left {speed:,.0f} images/s", epoch_done or stop)
         if epoch_done and step > 300 and row[-1] < 0.5:     # early on, all fakes are alike
             report("warning: the generator collapses; try a lower --lr-d or another --seed")
         if epoch_done and history[-epoch_steps:, 0].max() < 0.05:
