@@ -110,14 +110,14 @@ def load_images(path, image_size=64, crop=None):
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     source, names = find_pictures(Path(path))
-    archive = zipfile.ZipFile(source) if source.is_file() else None
-    stats = map(os.lstat, [source] if archive else [f"{source}/{name}" for name in names])
+    stats = map(os.lstat, [f"{source}/{name}" for name in names] if source.is_dir() else [source])
     key = repr((image_size, crop, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
     cache = Path(f"{os.path.abspath(source)}.dcgan.pt")
     with suppress(Exception):       # absent, damaged or something else
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["key"] == key:
             return saved["images"]
+    archive = None if source.is_dir() else zipfile.ZipFile(source)
     def try_decode(name):
         try:
             data = archive.read(name) if archive else (source / name).read_bytes()
