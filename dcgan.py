@@ -158,7 +158,7 @@ def to_batch(images, index, device="cpu", flip=False, rng=None):
         batch = torch.where(mirror, batch.flip(3), batch)
     return batch.contiguous(memory_format=torch.channels_last)
 
-# ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
+# ---- Networks (Radford et al. 2016, section 3): channels double as the side halves, to 8 * width -
 LATENT_DIM, LEAKY_SLOPE = 100, 0.2
 
 def init_weights(module):
@@ -169,26 +169,26 @@ def init_weights(module):
 class Generator(nn.Sequential):
     """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1]."""
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
-        widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)] + [latent_dim]
+        widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)][::-1]
         layers = [nn.Unflatten(1, (latent_dim, 1, 1))]                          # 100 x  1 x  1
-        for inputs, outputs in zip(widths[::-1], widths[-2::-1]):               # 512 x  4 x  4
+        for inputs, outputs in zip([latent_dim, *widths], widths):              # 512 x  4 x  4
             stride, padding = (2, 1) if len(layers) > 1 else (1, 0)             # 256 x  8 x  8
             layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
                        nn.BatchNorm2d(outputs),                                 # 128 x 16 x 16
                        nn.ReLU(True) if relu else nn.LeakyReLU(LEAKY_SLOPE, True)]  # 64 x 32 x 32
-        super().__init__(*layers, nn.ConvTranspose2d(widths[0], channels, 4, 2, 1), nn.Tanh())
-        self.apply(init_weights)
+        super().__init__(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh())
+        self.apply(init_weights)                                                # 3 x 64 x 64
 
 class Discriminator(nn.Sequential):
     """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
     def __init__(self, channels=3, width=64, image_size=64):
-        widths = [channels, *(width * min(2**i, 8) for i in range(image_size.bit_length() - 3))]
-        layers = []                                                             #  64 x 32 x 32
-        for inputs, outputs in zip(widths, widths[1:]):                         # 128 x 16 x 16
-            norm = [nn.BatchNorm2d(outputs)] if layers else []                  # 256 x  8 x  8
-            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=not norm),      # 512 x  4 x  4
-                       *norm, nn.LeakyReLU(LEAKY_SLOPE, True)]
-        super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4), nn.Flatten())    # 1
+        widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)]
+        layers = []                                                             #   3 x 64 x 64
+        for inputs, outputs in zip([channels, *widths], widths):                #  64 x 32 x 32
+            norm = [nn.BatchNorm2d(outputs)] if layers else []                  # 128 x 16 x 16
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=not norm),      # 256 x  8 x  8
+                       *norm, nn.LeakyReLU(LEAKY_SLOPE, True)]                  # 512 x  4 x  4
+        super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4), nn.Flatten())    #   1
         self.apply(init_weights)
 
 # ---- The step: one round of the game (Goodfellow et al. 2014; lecture 18.6) ----------------------
@@ -197,7 +197,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
 
     G maps latents N x latent_dim to images, D images to logits N x 1, both in autocast if `bf16`.
-    Returns loss_d, loss_g and the means D(x) and D(G(z)) in one tensor: nothing waits for it."""
+    Returns loss_d, loss_g and the means of D(x) and D(G(z)) as a tensor of four, on the device."""
     n, device, bce = len(real), real.device, F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     swapped = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
@@ -235,7 +235,7 @@ def sample(generator, latents):
                       for some in latents.split(128)])
 
 def compare(fake, real):
-    """Two sets of uint8 images -> sliced Wasserstein distance x 1000 (Rabin 2011), diversity."""
+    """Two sets of uint8 images -> sliced Wasserstein distance x 1000, diversity (see README)."""
     fake, real = (torch.cat([F.adaptive_avg_pool2d(some / 127.5 - 1, 16).flatten(1)
                              for some in images.split(128)]) for images in (fake, real))
     n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
