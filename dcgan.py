@@ -5,7 +5,7 @@
     python dcgan.py --epochs 20                 CelebA, as in the lecture
     python dcgan.py --generate 1000             pictures from the checkpoint in out/
 
-Two cores with AVX512-BF16 train 130 images a second (see README.md). Sources: Radford et al. 2016,
+Two cores with AVX512-BF16 train 107 to 133 images a second. Sources: Radford et al. 2016,
 arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et al. 2016, ganhacks; Liu 2015.
 """
 import argparse
@@ -105,6 +105,21 @@ def decode(data, image_size=64, crop=None):
     square = image[None, :, top:top + side, left:left + side]
     return F.interpolate(square, (image_size, image_size), mode="bilinear", antialias=True)[0]
 
+def report(line, end=True):
+    """Print a line; on a terminal, cut to its width and written over unless it is an end."""
+    if sys.stdout.isatty() and not end:
+        line = f"{line[:os.get_terminal_size().columns - 1]}\033[K\r"
+    print(line, end="" if line.endswith("\r") else "\n", flush=True)
+
+def save_atomically(content, path):
+    """torch.save that leaves either the old file or the whole new one, whatever happens."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor, uint8, N x 3 x image_size x image_size, cached."""
     if str(path) == "toy":
@@ -124,7 +139,6 @@ def load_images(path, image_size=64, crop=None):
             return decode(data, image_size, crop)
         except Exception as error:      # a broken picture may raise anything
             print(f"skipped {source / name}: {' '.join(str(error).split())}", file=sys.stderr)
-
     images = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
     count, start = 0, time.time()
     with ThreadPool() as pool:
@@ -141,15 +155,6 @@ def load_images(path, image_size=64, crop=None):
         print(f"no cache, the next start decodes again: {error}", file=sys.stderr)
     return images[:count]
 
-def save_atomically(content, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 def to_batch(images, index, device="cpu", flip=False, rng=None):
     """Rows `index` of a uint8 tensor -> float batch in [-1, 1] on `device`; `flip` mirrors half."""
     batch = images[index.to(images.device)].to(device) / 127.5 - 1
@@ -164,13 +169,13 @@ LATENT_DIM, LEAKY_SLOPE = 100, 0.2
 def init_weights(module):
     """Normal weights of deviation 0.02, batch norm's around 1 (Radford et al. 2016, section 4)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
 
 class Generator(nn.Sequential):
     """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1]."""
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
         widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)][::-1]
-        layers = [nn.Unflatten(1, (latent_dim, 1, 1))]                          # 100 x  1 x  1
+        layers = [nn.Unflatten(1, (latent_dim, 1, 1))]         # at the defaults, 100 x  1 x  1
         for inputs, outputs in zip([latent_dim, *widths], widths):              # 512 x  4 x  4
             stride, padding = (2, 1) if len(layers) > 1 else (1, 0)             # 256 x  8 x  8
             layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
@@ -183,7 +188,7 @@ class Discriminator(nn.Sequential):
     """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
     def __init__(self, channels=3, width=64, image_size=64):
         widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)]
-        layers = []                                                             #   3 x 64 x 64
+        layers = []                                            # at the defaults,   3 x 64 x 64
         for inputs, outputs in zip([channels, *widths], widths):                #  64 x 32 x 32
             norm = [nn.BatchNorm2d(outputs)] if layers else []                  # 128 x 16 x 16
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=not norm),      # 256 x  8 x  8
@@ -235,7 +240,7 @@ def sample(generator, latents):
                       for some in latents.split(128)])
 
 def compare(fake, real):
-    """Two sets of uint8 images -> sliced Wasserstein distance x 1000, diversity (see README)."""
+    """uint8 images -> sliced Wasserstein distance * 1000 (Rabin et al. 2011) and diversity."""
     fake, real = (torch.cat([F.adaptive_avg_pool2d(some / 127.5 - 1, 16).flatten(1)
                              for some in images.split(128)]) for images in (fake, real))
     n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
@@ -243,19 +248,14 @@ def compare(fake, real):
     gaps = (fake[:n] @ directions).sort(0).values - (real[:n] @ directions).sort(0).values
     return 1000 * gaps.abs().mean(), torch.pdist(fake).mean() / torch.pdist(real).mean()
 
-def report(line, end=True):
-    """Print a line; on a terminal, cut to its width and written over unless it is an end."""
-    if sys.stdout.isatty() and not end:
-        line = f"{line[:os.get_terminal_size().columns - 1]}\033[K\r"
-    print(line, end="" if line.endswith("\r") else "\n", flush=True)
-
 def train(args, checkpoint=None):
     """Train as the flags say, from a checkpoint if given, and leave everything in args.out."""
     out, device, n = Path(args.out), torch.device(args.device), args.batch_size
     if not checkpoint and (out / "checkpoint.pt").exists():
         raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
     images = load_images(args.data, args.image_size, args.crop)
-    if len(images) != (needed := checkpoint["pictures"] if checkpoint else max(n, len(images))):
+    needed = checkpoint["pictures"] if checkpoint else max(n, len(images))      # at least a batch
+    if len(images) != needed:
         raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -384,16 +384,16 @@ def main(argv=None):
     def fail(message):
         print(f"dcgan.py: error: {' '.join(str(message).split())}", file=sys.stderr)
         raise SystemExit(2)
-    def number(kind, low, high=float("inf")):
-        def parse(text):
+    def between(kind, low, high=float("inf")):
+        def number(text):
             if low <= kind(text) <= high:
                 return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return parse
+        return number
     found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    count, share, rate = number(int, 1), number(float, 0, 1), number(float, 0)
+    count, share, rate = between(int, 1), between(float, 0, 1), between(float, 0)
     add = parser.add_argument_group("data").add_argument
     add("--data", default=str(CELEBA_FOLDER), help="folder or .zip of pictures, or toy")
     add("--image-size", type=int, default=64, choices=(32, 64, 128, 256), help="in pixels")
@@ -417,7 +417,7 @@ def main(argv=None):
     add("--out", default="out", help="folder for everything that the run makes")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--generate", type=count, metavar="N", help="write N pictures from it instead")
-    add("--seed", type=number(int, 0), default=42, help="decides all that is random")
+    add("--seed", type=between(int, 0), default=42, help="decides all that is random")
     add("--device", default=str(found), help="cpu, cuda, cuda:1, mps, ...")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 if native")
     add("--log-interval", type=count, default=100, metavar="N", help="steps between rows")

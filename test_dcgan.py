@@ -331,11 +331,12 @@ def test_a_loss_that_is_not_finite(pictures, monkeypatch, capsys):
     assert torch.load("out/checkpoint.pt")["step"] == 5
 
 @pytest.mark.parametrize("argv, told", [
-    ("--image-size 65", "65"), ("--batch-size 0", "0"), ("--epochs 0", "0"), ("--epochs x", "x"),
-    ("--flip-labels 1.5", "1.5"), ("--ema nan", "nan"), ("--lr-d -1", "-1"), ("--nonsense", "--no"),
-    ("--device cuda:99", "cuda:99"), ("--device abacus", "abacus"), ("--data nowhere", "nowhere"),
-    ("--data .", "0 readable"), ("--data page.zip", "web page"), ("--data bad", "bad"),
-    ("--batch-size 41", "40 "), ("--resume", "no checkpoint"), ("--generate 3 --out bad", "bad")])
+    ("--image-size 65", "65"), ("--batch-size 0", ": 0"), ("--epochs 0", ": 0"),
+    ("--epochs x", "'x"), ("--flip-labels 1.5", "1.5"), ("--ema nan", "nan"), ("--lr-d -1", "-1"),
+    ("--nonsense", "--no"), ("--device cuda:99", "cuda:99"), ("--device abacus", "abacus"),
+    ("--data nowhere", "nowhere"), ("--data .", "0 readable"), ("--data page.zip", "web page"),
+    ("--data bad", "bad"), ("--batch-size 41", "40 "), ("--resume", "no checkpoint"),
+    ("--generate 3 --out bad", "bad")])
 def test_bad_input(argv, told, pictures, capsys):
     Path("bad").mkdir()
     for file in ("bad/x.csv", "bad/checkpoint.pt", "page.zip"):
