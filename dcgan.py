@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import distributed as dist, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets, io
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 from torchvision.utils import save_image
 
 # ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
@@ -101,8 +101,7 @@ def decode(data, image_size=64, crop=None):
         image = pil_to_tensor(picture.convert("RGB"))
     height, width = image.shape[1:]         # centre crop: 160 for CelebA, else the largest square
     side = min(height, width, crop or (CELEBA_CROP if (width, height) == CELEBA_SIZE else width))
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[None, :, top:top + side, left:left + side]
+    square = center_crop(image, side)[None]
     return F.interpolate(square, (image_size, image_size), mode="bilinear", antialias=True)[0]
 
 def report(line, end=True):
@@ -113,12 +112,9 @@ def report(line, end=True):
 
 def save_atomically(content, path):
     """torch.save that leaves either the old file or the whole new one, whatever happens."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as partial:
+        torch.save(content, f"{partial}/new")
+        os.replace(f"{partial}/new", path)
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor, uint8, N x 3 x image_size x image_size, cached."""
@@ -132,11 +128,10 @@ def load_images(path, image_size=64, crop=None):
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["key"] == key:
             return saved["images"]
-    archive = None if source.is_dir() else zipfile.ZipFile(source)
+    root = source if source.is_dir() else zipfile.Path(source)
     def try_decode(name):
         try:
-            data = archive.read(name) if archive else (source / name).read_bytes()
-            return decode(data, image_size, crop)
+            return decode((root / name).read_bytes(), image_size, crop)
         except Exception as error:      # a broken picture may raise anything
             print(f"skipped {source / name}: {' '.join(str(error).split())}", file=sys.stderr)
     images = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
@@ -251,23 +246,31 @@ def compare(fake, real):
 def train(args, checkpoint=None):
     """Train as the flags say, from a checkpoint if given, and leave everything in args.out."""
     out, device, n = Path(args.out), torch.device(args.device), args.batch_size
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank > 0:        # waits here until rank 0 has prepared the pictures
+        dist.init_process_group("gloo")
+    if n % ranks or ranks > 1 and device.type != "cpu":
+        raise UserError(f"{ranks} processes share --batch-size {n} evenly, on --device cpu only")
     if not checkpoint and (out / "checkpoint.pt").exists():
         raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
     images = load_images(args.data, args.image_size, args.crop)
     needed = checkpoint["pictures"] if checkpoint else max(n, len(images))      # at least a batch
     if len(images) != needed:
         raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
+    if ranks > 1 and rank == 0:
+        dist.init_process_group("gloo")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-    able = torch.cpu.get_capabilities()
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-              device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16")))
+              device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"))
     precision = args.precision if args.precision != "auto" else "bf16" if native else "fp32"
     epoch_steps, epochs = (1, 1) if args.dry_run else (len(images) // n, args.epochs)
     torch.manual_seed(args.seed)
     G = Generator(width=args.width, image_size=args.image_size, relu=args.activation == "relu")
     D = Discriminator(width=args.width, image_size=args.image_size)
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    for p in (*G.parameters(), *D.parameters()) if ranks > 1 else ():   # share the gradients
+        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
     optimizer_g = torch.optim.Adam(G.parameters(), args.lr_g, (args.beta1, 0.999), fused=True)
     optimizer_d = (torch.optim.SGD(D.parameters(), args.lr_d) if args.optimizer_d == "sgd" else
                    torch.optim.Adam(D.parameters(), args.lr_d, (args.beta1, 0.999), fused=True))
@@ -282,12 +285,17 @@ def train(args, checkpoint=None):
             part.load_state_dict(checkpoint[name])
         rng.set_state(checkpoint["rng"])
         first, history, log = checkpoint["step"], checkpoint["history"], checkpoint["log"]
+    if rank > 0:
+        rng.manual_seed(args.seed + first + rank)       # noise of its own
+    options = {"bf16": precision == "bf16", "fresh_noise": args.fresh_noise, "rng": rng,
+               "label_smoothing": args.label_smoothing, "flip_labels": args.flip_labels}
     sizes = " + ".join(f"{sum(p.numel() for p in net.parameters()):,}" for net in (G, D))
-    report(f"{args.data}: {len(images):,} pictures; {device}, {precision}; {sizes} parameters")
     latents = torch.randn(1024, LATENT_DIM, generator=fixed).to(device)
     real = images[torch.randperm(len(images), generator=fixed)[:1024].to(images.device)].cpu()
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    save_image(real[:64] / 255, out / "real.png")
+    if rank == 0:
+        report(f"{args.data}: {len(images):,} pictures; {device}, {precision}; {sizes} parameters")
+        save_image(real[:64] / 255, out / "real.png")
     for signum in (signal.SIGINT, signal.SIGTERM):      # take effect between two steps
         signal.signal(signum, lambda signum, frame: stop.append(signum))
     start = shown = time.time()
@@ -295,15 +303,12 @@ def train(args, checkpoint=None):
         epoch, i = divmod(step - 1, epoch_steps)
         if i == 0 or step == first + 1:
             order = torch.randperm(len(images), generator=fixed.manual_seed(args.seed + epoch))
-        batch = to_batch(images, order[i * n:(i + 1) * n], device, args.flip, rng)
-        recent.append(train_step(
-            G, D, optimizer_g, optimizer_d, batch, bf16=precision == "bf16", rng=rng,
-            fresh_noise=args.fresh_noise, label_smoothing=args.label_smoothing,
-            flip_labels=args.flip_labels))
+        batch = to_batch(images, order[i * n:(i + 1) * n][rank::ranks], device, args.flip, rng)
+        recent.append(train_step(G, D, optimizer_g, optimizer_d, batch, **options))
         ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, step / (9 + step)))       # warmed up
         ema.update_parameters(G)
         epoch_done, log_it = step % epoch_steps == 0, step % args.log_interval == 0
-        if not (epoch_done or log_it or stop):
+        if rank > 0 or not (epoch_done or log_it or stop):
             continue
         rows = torch.stack(recent).cpu()        # only here does the host wait for the device
         if not all(x.isfinite().all() for x in (rows, *G.parameters(), *D.parameters())):
@@ -335,9 +340,10 @@ def train(args, checkpoint=None):
             if stop:
                 report(f"stopped after step {step}: go on with --resume")
                 raise SystemExit(128 + stop[0])
-    frame, *frames = map(Image.open, sorted(out.glob("samples/epoch_*.png")))
-    frame.save(out / "samples.gif", save_all=True, append_images=frames, duration=500, loop=0)
-    report(f"done in {time.time() - start:.0f} s: see {out}")
+    if rank == 0:
+        frame, *frames = map(Image.open, sorted(out.glob("samples/epoch_*.png")))
+        frame.save(out / "samples.gif", save_all=True, append_images=frames, duration=500, loop=0)
+        report(f"done in {time.time() - start:.0f} s: see {out}")
 
 def generate(checkpoint, count, folder, seed=42, device="cpu"):
     """Write `count` pictures from a checkpoint into `folder`, and a grid of 64 beside it."""
@@ -357,33 +363,26 @@ def generate(checkpoint, count, folder, seed=42, device="cpu"):
 def plot_losses(losses, epoch_steps, path):
     """Draw loss_d and loss_g (steps x 2) over epochs as a PNG: faint per step, bold smoothed."""
     image, font, grey = Image.new("RGB", (1600, 900), "white"), ImageFont.load_default(28), "#444"
-    draw, left, top, right, bottom = ImageDraw.Draw(image), 110, 50, 1560, 800
+    draw, left, top, right, bottom = ImageDraw.Draw(image, "RGBA"), 110, 50, 1500, 800
     epochs, highest = len(losses) / epoch_steps, int(losses.quantile(0.995).item() + 0.1) + 1
     for k in (0, 0.2, 0.4, 0.6, 0.8, 1):
         x, y = left + k * (right - left), bottom - k * (bottom - top)
         draw.line([(left, y), (right, y)], "#ddd", 2)
-        draw.line([(x, bottom), (x, bottom + 10)], grey, 2)
+        draw.line([(x, top), (x, bottom)], "#ddd", 2)
         draw.text((left - 15, y), f"{k * highest:.3g}", grey, font, "rm")
-        draw.text((x, bottom + 18), f"{k * epochs:.3g}", grey, font, "mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], grey, 3)
-    draw.text(((left + right) / 2, 885), "epoch", grey, font, "mb")
+        draw.text((x, bottom + 18), f"epoch {k * epochs:.3g}", grey, font, "mt")
     window, xs = len(losses) // 100 * 2 + 1, torch.linspace(left, right, len(losses)).tolist()
     smooth = F.avg_pool1d(losses.T, window, 1, window // 2, count_include_pad=False).T
-    for i, name, faint, bold in ((0, "discriminator loss", "#b9d4f0", "#1f5fa8"),
-                                 (1, "generator loss", "#f8d3b0", "#d2691e")):
-        for values, color, thickness in ((losses[:, i], faint, 2), (smooth[:, i], bold, 5)):
+    for i, name, bold in ((0, "discriminator loss", "#1f5fa8"), (1, "generator loss", "#d2691e")):
+        draw.text((right - 20, top + 40 * i + 30), name, bold, font, "rm")
+        for values, color, thickness in ((losses[:, i], bold + "60", 2), (smooth[:, i], bold, 5)):
             ys = bottom - (values / highest).clamp(max=1) * (bottom - top)
-            draw.line(list(zip(xs, ys.tolist())), color, thickness, "curve")
-        draw.line([(right - 360, top + 40 * i), (right - 300, top + 40 * i)], bold, 6)
-        draw.text((right - 285, top + 40 * i), name, grey, font, "lm")
+            draw.line(list(zip(xs, ys.tolist())), color, thickness)
     image.resize((800, 450), Image.Resampling.LANCZOS).save(path)
 
 # ---- The command line ----------------------------------------------------------------------------
 def main(argv=None):
     """Parse the command line, check it, and train or generate."""
-    def fail(message):
-        print(f"dcgan.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-        raise SystemExit(2)
     def between(kind, low, high=float("inf")):
         def number(text):
             if low <= kind(text) <= high:
@@ -392,6 +391,8 @@ def main(argv=None):
         return number
     found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def fail(message):
+        parser.exit(2, f"dcgan.py: error: {' '.join(str(message).split())}\n")
     parser.error = fail
     count, share, rate = between(int, 1), between(float, 0, 1), between(float, 0)
     add = parser.add_argument_group("data").add_argument
@@ -427,14 +428,13 @@ def main(argv=None):
         if args.resume or args.generate:
             try:
                 checkpoint = torch.load(f"{args.out}/checkpoint.pt", "cpu", weights_only=True)
-                saved = checkpoint["settings"]
+                args = parser.parse_args(argv, argparse.Namespace(**checkpoint["settings"]))
             except Exception:
                 raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged one")
-            args = parser.parse_args(argv, argparse.Namespace(**saved))     # now the defaults
             free = {"epochs", "log_interval", "precision", args.generate and "seed"}
-            for name in sorted(saved.keys() - free):
-                if getattr(args, name) != saved[name]:
-                    fail(f"the run in {args.out} has --{name.replace('_', '-')} {saved[name]}")
+            for name, value in checkpoint["settings"].items():
+                if name not in free and getattr(args, name) != value:
+                    fail(f"the run in {args.out} has --{name.replace('_', '-')} {value}")
         try:
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError):
