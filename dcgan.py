@@ -14,11 +14,11 @@ import signal
 import sys
 import tempfile
 import time
-import zipfile
 from contextlib import suppress
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets, io
-from torchvision.transforms.functional import center_crop, pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 # ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
@@ -60,8 +60,8 @@ def find_pictures(path):
     if path.is_dir() or path == CELEBA_FOLDER:
         names = [os.path.join(folder, file)[len(str(path)) + 1:]
                  for folder, _, files in os.walk(path, followlinks=True) for file in files]
-    elif zipfile.is_zipfile(path):
-        names = zipfile.ZipFile(path).namelist()
+    elif is_zipfile(path):
+        names = ZipFile(path).namelist()
     else:
         html = path.is_file() and path.open("rb").read(512).lstrip().startswith(b"<")
         what = "a web page" if html else "cut off, or no .zip" if path.exists() else "not there"
@@ -101,7 +101,8 @@ def decode(data, image_size=64, crop=None):
         image = pil_to_tensor(picture.convert("RGB"))
     height, width = image.shape[1:]         # centre crop: 160 for CelebA, else the largest square
     side = min(height, width, crop or (CELEBA_CROP if (width, height) == CELEBA_SIZE else width))
-    square = center_crop(image, side)[None]
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[None, :, top:top + side, left:left + side]
     return F.interpolate(square, (image_size, image_size), mode="bilinear", antialias=True)[0]
 
 def report(line, end=True):
@@ -128,10 +129,10 @@ def load_images(path, image_size=64, crop=None):
         saved = torch.load(cache, mmap=True, weights_only=True)
         if saved["key"] == key:
             return saved["images"]
-    root = source if source.is_dir() else zipfile.Path(source)
+    read = ZipFile(source).read if source.is_file() else lambda name: (source / name).read_bytes()
     def try_decode(name):
         try:
-            return decode((root / name).read_bytes(), image_size, crop)
+            return decode(read(name), image_size, crop)
         except Exception as error:      # a broken picture may raise anything
             print(f"skipped {source / name}: {' '.join(str(error).split())}", file=sys.stderr)
     images = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
@@ -229,10 +230,9 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 
 # ---- The run: measures, epochs, checkpoints ------------------------------------------------------
 @torch.no_grad()
-def sample(generator, latents):
-    """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; generator in eval mode."""
-    return torch.cat([(generator(some) * 127.5 + 127.5).round().byte().cpu()
-                      for some in latents.split(128)])
+def sample(G, latents):
+    """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; G in eval mode."""
+    return torch.cat([(G(z) * 127.5 + 127.5).round().byte().cpu() for z in latents.split(128)])
 
 def compare(fake, real):
     """uint8 images -> sliced Wasserstein distance * 1000 (Rabin et al. 2011) and diversity."""
