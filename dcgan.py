@@ -363,7 +363,7 @@ def generate(checkpoint, count, folder, seed=42, device="cpu"):
 def plot_losses(losses, epoch_steps, path):
     """Draw loss_d and loss_g (steps x 2) over epochs as a PNG: faint per step, bold smoothed."""
     image, font, grey = Image.new("RGB", (1600, 900), "white"), ImageFont.load_default(28), "#444"
-    draw, left, top, right, bottom = ImageDraw.Draw(image, "RGBA"), 110, 50, 1500, 800
+    draw, left, top, right, bottom = ImageDraw.Draw(image, "RGBA"), 110, 50, 1500, 830
     epochs, highest = len(losses) / epoch_steps, int(losses.quantile(0.995).item() + 0.1) + 1
     for k in (0, 0.2, 0.4, 0.6, 0.8, 1):
         x, y = left + k * (right - left), bottom - k * (bottom - top)
@@ -405,9 +405,9 @@ def main(argv=None):
     add("--ema", type=share, default=0.999, help="decay of the generator's moving average")
     add("--epochs", type=count, default=20, help="passes over the pictures")
     add("--batch-size", type=count, default=128, help="images a step")
-    add("--lr-g", type=rate, default=2e-4, help="generator's learning rate")
-    add("--lr-d", type=rate, default=2e-4, help="discriminator's learning rate")
-    add("--beta1", type=share, default=0.5, help="of Adam")
+    add("--lr-g", type=rate, default=4e-4, help="generator's learning rate")
+    add("--lr-d", type=rate, default=4e-4, help="discriminator's learning rate")
+    add("--beta1", type=share, default=0.25, help="of Adam")
     add("--optimizer-d", choices=("adam", "sgd"), default="adam", help="discriminator's")
     add = parser.add_argument_group("tricks, off by default").add_argument
     add("--fresh-noise", action="store_true", help="new noise for the generator's half of a step")
