@@ -328,7 +328,7 @@ def train(args, checkpoint=None):
         text = " ".join(f"{name} {round(x, 2)}" for name, x in zip(log[0].split(","), row))
         report(f"{text} {left:.0f} s left {speed:,.0f} images/s", epoch_done or stop)
         if epoch_done and step > 300 and row[-1] < 0.5:     # early on, all fakes are alike
-            report("warning: the generator collapses; try a lower --lr-d or another --seed")
+            report("warning: the generator collapses; try --lr-g nearer --lr-d or a lower --beta1")
         if epoch_done and history[-epoch_steps:, 0].max() < 0.05:
             report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
         if (epoch_done or stop) and not args.dry_run:
