@@ -244,7 +244,7 @@ def compare(fake, real):
     return 1000 * gaps.abs().mean(), torch.pdist(fake).mean() / torch.pdist(real).mean()
 
 def train(args, checkpoint=None):
-    """Train as the flags say, from a checkpoint if given, and leave everything in args.out."""
+    """Train as the flags say, from a checkpoint if given, into args.out; in torchrun, as a rank."""
     out, device, n = Path(args.out), torch.device(args.device), args.batch_size
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if rank > 0:        # waits here until rank 0 has prepared the pictures
@@ -277,7 +277,7 @@ def train(args, checkpoint=None):
     ema = AveragedModel(G, use_buffers=True).eval()
     parts = {"generator": G, "discriminator": D, "ema": ema,
              "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rng, fixed = (torch.Generator(d).manual_seed(args.seed) for d in (device, "cpu"))
+    rng, fixed_rng = (torch.Generator(d).manual_seed(args.seed) for d in (device, "cpu"))
     log = ["epoch,step,loss_d,loss_g,D(x),D(G(z)),swd,diversity"]
     first, history, recent, stop = 0, torch.empty(0, 4), [], []
     if checkpoint:
@@ -290,8 +290,8 @@ def train(args, checkpoint=None):
     options = {"bf16": precision == "bf16", "fresh_noise": args.fresh_noise, "rng": rng,
                "label_smoothing": args.label_smoothing, "flip_labels": args.flip_labels}
     sizes = " + ".join(f"{sum(p.numel() for p in net.parameters()):,}" for net in (G, D))
-    latents = torch.randn(1024, LATENT_DIM, generator=fixed).to(device)
-    real = images[torch.randperm(len(images), generator=fixed)[:1024].to(images.device)].cpu()
+    latents = torch.randn(1024, LATENT_DIM, generator=fixed_rng).to(device)
+    real = images[torch.randperm(len(images), generator=fixed_rng)[:1024].to(images.device)].cpu()
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if rank == 0:
         report(f"{args.data}: {len(images):,} pictures; {device}, {precision}; {sizes} parameters")
@@ -302,7 +302,7 @@ def train(args, checkpoint=None):
     for step in range(first + 1, epochs * epoch_steps + 1):
         epoch, i = divmod(step - 1, epoch_steps)
         if i == 0 or step == first + 1:
-            order = torch.randperm(len(images), generator=fixed.manual_seed(args.seed + epoch))
+            order = torch.randperm(len(images), generator=fixed_rng.manual_seed(args.seed + epoch))
         batch = to_batch(images, order[i * n:(i + 1) * n][rank::ranks], device, args.flip, rng)
         recent.append(train_step(G, D, optimizer_g, optimizer_d, batch, **options))
         ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, step / (9 + step)))       # warmed up

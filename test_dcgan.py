@@ -140,7 +140,7 @@ def test_a_small_network_learns_toy_faces():
         dcgan.train_step(G.train(), D, *adam, dcgan.to_batch(real, torch.randint(1024, (32,))))
     after, diversity = dcgan.compare(dcgan.sample(G.eval(), latents), real)
     near, wide = dcgan.compare(real[:512], real[512:])
-    assert after < 0.7 * before and diversity > 0.6 and near < after and 0.9 < wide < 1.1
+    assert after < before / 2 and diversity > 0.6 and near < after and 0.9 < wide < 1.1
     assert dcgan.compare(real[:1].expand(512, -1, -1, -1), real)[1] < 0.01      # all the same
 
 # ---- Data ----------------------------------------------------------------------------------------
