@@ -5,17 +5,30 @@
     python dcgan.py --epochs 20                 CelebA, as in the lecture
     python dcgan.py --generate 1000             pictures from the checkpoint in out/
 
-Two cores with AVX512-BF16 train 107 to 133 images a second. Sources: Radford et al. 2016,
-arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et al. 2016, ganhacks; Liu 2015.
+Read train_step first, it is the whole game. Then from top to bottom, in the order in which data
+flows: pictures, networks, the step, measures, the run, the command line. What only reality asks
+for (downloads, interrupts, full disks) stands in functions that a student may skip.
+
+Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et
+al. 2016, ganhacks; Liu et al. 2015, CelebA.
 """
 import argparse
+import copy
+import csv
+import hashlib
 import os
+import platform
+import random
+import shutil
 import signal
+import socket
 import sys
 import tempfile
-import time
-from contextlib import suppress
+import threading
+from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from zipfile import ZipFile, is_zipfile
@@ -24,175 +37,298 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed as dist, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision import datasets, io
+from torch.optim import SGD, Adam
+from torchvision.datasets import CelebA
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
+from tqdm import tqdm
 
-# ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
-CELEBA_FOLDER = Path("data/celeba")
-CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = datasets.CelebA.file_list[0]
-CELEBA_PICTURES, CELEBA_TRAIN = 202_599, 162_770    # all of them; the official training partition
-CELEBA_SIZE, CELEBA_CROP = (178, 218), 160          # width x height; the lecture's centre crop
-CELEBA_HELP = f"put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand, or use --data toy or --data FOLDER"
+# ---- Messages and files --------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something the user can mend: main prints it as one line and exits with status 2."""
 
+def env(name, default=0):
+    """A number that torchrun gives to each of its processes; `default` without torchrun."""
+    return int(os.environ.get(name, default))
+
+def report(text, file=None):
+    """Print one line, above a progress bar if there is one; one process on each machine does."""
+    if env("LOCAL_RANK") == 0:
+        tqdm.write(" ".join(str(text).split()), file)
+        sys.stdout.flush()
+
+@contextmanager
+def atomic_write(path, needed=0):
+    """Yield a path to write to; the file moves to `path` when the block has ended well, else goes.
+
+    UserError if fewer than `needed` bytes are free, or if writing fails."""
+    host = platform.node()
+    for folder in path.parent.glob(f".dcgan-*@{host}"):
+        try:
+            os.kill(int(folder.name.split("-")[1]), 0)      # does its process still run?
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:     # yes, and it is somebody else's
+            pass
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError("no room")
+        name = f".dcgan-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(f"@{host}", name, path.parent) as folder:
+            yield Path(folder, path.name)
+            os.replace(Path(folder, path.name), path)
+    except (OSError, RuntimeError) as error:        # torch.save makes the second of the first
+        raise UserError(f"{path} cannot be written ({needed:,} bytes): {error}")
+
+# ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
+CELEBA_FOLDER = Path("data/celeba")
+CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]
+CELEBA_BYTES = 1_443_490_838
+CELEBA_PICTURES, CELEBA_TRAIN = 202_599, 162_770    # all of them; the official training partition
+CELEBA_SIZE, CELEBA_CROP = (178, 218), 160          # width x height; the lecture's centre crop
+CELEBA_HELP = f"put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand, or use --data toy or --data FOLDER"
+CELEBA_URLS = (
+    f"https://drive.google.com/uc?id={CELEBA_ID}",
+    f"https://cseweb.ucsd.edu/~weijian/static/datasets/celeba/{CELEBA_ZIP}",
+    f"https://graal.ift.ulaval.ca/public/celeba/{CELEBA_ZIP}",
+)
+SILENCE = 30        # seconds without a byte after which a source is given up
+
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
-    rng, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 64)
-    def rand(low, high, channels=1):
-        return low + (high - low) * torch.rand(count, channels, 1, 1, generator=rng)
-    images, tan, eye = rand(90, 210, 3).repeat(1, 1, 64, 64), rand(0, 120), rand(0.3, 0.45)
-    head, head_x, head_y = rand(0.55, 0.75), rand(-0.1, 0.1), rand(-0.05, 0.1)
-    for color, x, y, width, height in (     # hair, skin, mouth and eyes, in units of the head
-            (rand(20, 120, 3), 0, -0.2, rand(0.9, 1.1), rand(1.05, 1.25)),
-            (torch.cat([240 - tan, 190 - tan, 150 - tan], 1), 0, 0.05, rand(0.7, 0.85), 1),
-            (torch.cat([250 - tan, tan, tan], 1), 0, 0.5, rand(0.2, 0.5), rand(0.06, 0.16)),
-            (rand(0, 90, 3), eye, -0.2, 0.13, 0.1), (rand(0, 90, 3), -eye, -0.2, 0.13, 0.1)):
-        u, v = ((axis - head_x) / head - x) / width, ((axis[:, None] - head_y) / head - y) / height
-        images.lerp_(color, ((1 - u**2 - v**2) * 4 * width).clamp(0, 1))       # softens the rim
-    return F.interpolate(images.byte(), (image_size, image_size), mode="bilinear", antialias=True)
+    rng, side, faces = random.Random(0), 2 * image_size, []
+    for _ in range(count):
+        size, skin = side * rng.uniform(0.7, 1), rng.randint(45, 85)
+        corner = rng.uniform(0, side - size)
+        image = Image.new("RGB", (side, side), f"hsl({rng.randint(0, 360)}, 30%, 60%)")
+        draw = ImageDraw.Draw(image)
+        for color, *box in (        # left, top, right, bottom
+                (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),       # hair
+                (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),
+                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, rng.uniform(0.5, 0.65), 0.77),
+                ("#123", 0.32, 0.42, 0.42, 0.5),
+                ("#123", 0.58, 0.42, 0.68, 0.5)):
+            draw.ellipse([corner + size * edge for edge in box], color)
+        faces.append(pil_to_tensor(image.reduce(2)))
+    return torch.stack(faces)
+
+def list_pictures(source):
+    """The sorted names of the pictures in a folder or .zip, without hidden ones."""
+    names, visited = [], set()
+    if is_zipfile(source):
+        names = ZipFile(source).namelist()
+    for parent, folders, files in os.walk(source, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(parent)
+        if real in visited:     # a link, which may lead in circles
+            folders.clear()
+            continue
+        visited.add(real)
+        names += [os.path.join(parent, file).removeprefix(f"{source}{os.sep}") for file in files]
+    names = [name for name in names if "/." not in f"/{name}"]
+    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+
+def fetch(url, path):
+    """Download CelebA's archive from one source; raises whatever the source does, or UserError."""
+    if "drive.google.com" in url:
+        import gdown
+        gdown.download(url, str(path), timeout=SILENCE)
+    else:
+        download_url(url, path.parent, path.name)
+    if not check_integrity(path, CELEBA_MD5):
+        raise UserError(f"what came is not CelebA: its MD5 is not {CELEBA_MD5}")
+
+def download_celeba(archive):
+    """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them: all or nothing."""
+    reasons, former = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        with atomic_write(archive, CELEBA_BYTES) as partial:
+            for url in CELEBA_URLS:
+                try:
+                    return fetch(url, partial)
+                except Exception as error:      # gdown, the network and the disk fail in many ways
+                    reasons.append(f"{url}: {error}")
+                    report(f"no CelebA from {reasons[-1]}", sys.stderr)
+                    partial.unlink(missing_ok=True)
+            raise UserError(f"CelebA's download failed ({'; '.join(reasons)}); {CELEBA_HELP}")
+    finally:
+        socket.setdefaulttimeout(former)
 
 def find_pictures(path):
-    """Resolve --data: (folder or .zip, sorted names of the pictures in it); may download CelebA."""
-    if path.is_dir() or path == CELEBA_FOLDER:
-        names = [os.path.join(folder, file)[len(str(path)) + 1:]
-                 for folder, _, files in os.walk(path, followlinks=True) for file in files]
-    elif is_zipfile(path):
-        names = ZipFile(path).namelist()
-    else:
-        html = path.is_file() and path.open("rb").read(512).lstrip().startswith(b"<")
-        what = "a web page" if html else "cut off, or no .zip" if path.exists() else "not there"
+    """Where --data has its pictures, a folder or a .zip, and their names; may download CelebA."""
+    archive, names = path / CELEBA_ZIP, list_pictures(path)
+    if path == CELEBA_FOLDER and not names and not archive.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        download_celeba(archive)
+    if not names and archive.exists():
+        path, names = archive, list_pictures(archive)
+    if not path.is_dir() and not is_zipfile(path):
+        what = "cut off, a web page or no archive at all" if path.exists() else "not there"
         raise UserError(f"{path} is {what}; {CELEBA_HELP}")
-    names = sorted((name for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)
-                    and "/." not in f"/{name}"), key=lambda name: (os.path.basename(name), name))
-    if len(names) == CELEBA_PICTURES and Path(names[-1]).stem == f"{CELEBA_PICTURES:06d}":
+    if len(names) == CELEBA_PICTURES and Path(names[-1]).stem == str(CELEBA_PICTURES):
         names = names[:CELEBA_TRAIN]
-    archive = path / CELEBA_ZIP
-    if not names and path == CELEBA_FOLDER and not archive.exists():
-        download_celeba(path)
-    return find_pictures(archive) if not names and archive.exists() else (path, names)
-
-def download_celeba(folder):
-    """Fetch CelebA's archive of aligned faces, 1.4 GB, into `folder`: all of it or nothing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as partial:
-            archive = Path(partial, CELEBA_ZIP)
-            datasets.utils.download_file_from_google_drive(CELEBA_ID, partial, CELEBA_ZIP)
-            find_pictures(archive)      # says so if what came is no .zip at all
-            if not datasets.utils.check_integrity(archive, CELEBA_MD5):
-                raise UserError(f"its MD5 is not {CELEBA_MD5}")
-            os.replace(archive, folder / CELEBA_ZIP)
-    except Exception as error:      # gdown, the network and the disk fail in many ways
-        raise UserError(f"CelebA's download failed ({str(error).split('; put')[0]}); {CELEBA_HELP}")
+    return path, names
 
 def decode(data, image_size=64, crop=None):
-    """An encoded picture (bytes) -> uint8 RGB, 3 x image_size x image_size, as in the lecture."""
-    if data.startswith(b"\xff\xd8") and hasattr(io, "decode_jpeg"):     # as Pillow, but faster
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = io.decode_jpeg(encoded, "RGB", apply_exif_orientation=True)
-    else:
-        picture = ImageOps.exif_transpose(Image.open(BytesIO(data)))
-        if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
-            picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-        image = pil_to_tensor(picture.convert("RGB"))
-    height, width = image.shape[1:]         # centre crop: 160 for CelebA, else the largest square
-    side = min(height, width, crop or (CELEBA_CROP if (width, height) == CELEBA_SIZE else width))
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[None, :, top:top + side, left:left + side]
-    return F.interpolate(square, (image_size, image_size), mode="bilinear", antialias=True)[0]
+    """An encoded picture (bytes) -> RGB (PIL), image_size x image_size, prepared as in the lecture.
 
-def report(line, end=True):
-    """Print a line; on a terminal, cut to its width and written over unless it is an end."""
-    if sys.stdout.isatty() and not end:
-        line = f"{line[:os.get_terminal_size().columns - 1]}\033[K\r"
-    print(line, end="" if line.endswith("\r") else "\n", flush=True)
+    Cut to the centred square of `crop` pixels, by default 160 for CelebA, else the largest."""
+    picture = Image.open(BytesIO(data))
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
+        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
+    width, height = picture.size
+    if crop is None:
+        crop = CELEBA_CROP if picture.size == CELEBA_SIZE else width
+    side = min(width, height, crop)
+    left, top = [round((edge - side) / 2) for edge in picture.size]
+    square = picture.crop((left, top, left + side, top + side)).convert("RGB")
+    return square.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
-def save_atomically(content, path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as partial:
-        torch.save(content, f"{partial}/new")
-        os.replace(f"{partial}/new", path)
+def map_cache(cache, key, image_size=64):
+    """The pictures in a cache file, mapped into memory; None if it is cut or of another key."""
+    try:
+        with open(cache, "rb") as file:
+            size = file.seek(-len(key), os.SEEK_END)
+            if file.read() != key:
+                return None
+    except OSError:
+        return None
+    # shared, for a private mapping may not be larger than memory: never write to these pictures
+    pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
+    return pixels.unflatten(0, (-1, image_size, image_size, 3)).permute(0, 3, 1, 2)
 
 def load_images(path, image_size=64, crop=None):
-    """A folder, a .zip or "toy" as one tensor, uint8, N x 3 x image_size x image_size, cached."""
+    """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
+
+    Its memory is a cache file beside the source: the RGB bytes of one picture after another, then
+    a key; so there may be more pictures than memory holds. UserError if none can be read."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     source, names = find_pictures(Path(path))
-    stats = map(os.lstat, [f"{source}/{name}" for name in names] if source.is_dir() else [source])
-    key = repr((image_size, crop, names, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
-    cache = Path(f"{os.path.abspath(source)}.dcgan.pt")
-    with suppress(Exception):       # absent, damaged or something else
-        saved = torch.load(cache, mmap=True, weights_only=True)
-        if saved["key"] == key:
-            return saved["images"]
-    read = ZipFile(source).read if source.is_file() else lambda name: (source / name).read_bytes()
-    def try_decode(name):
-        try:
-            return decode(read(name), image_size, crop)
-        except Exception as error:      # a broken picture may raise anything
-            print(f"skipped {source / name}: {' '.join(str(error).split())}", file=sys.stderr)
-    images = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
-    count, start = 0, time.time()
-    with ThreadPool() as pool:
-        for done, image in enumerate(pool.imap(try_decode, names, chunksize=32), 1):
-            if image is not None:
-                images[count] = image
-                count += 1
-            if done % (len(names) // 20 + 500) == 0 or done == len(names):
-                left = (time.time() - start) * (len(names) / done - 1)
-                report(f"decoded {done:,} of {len(names):,}, {left:.0f} s left", done == len(names))
-    try:
-        save_atomically({"key": key, "images": images[:count]}, cache)
-    except (OSError, RuntimeError) as error:
-        print(f"no cache, the next start decodes again: {error}", file=sys.stderr)
-    return images[:count]
+    archive = ZipFile(source) if source.is_file() else None
+    files = [source] if archive else [source / name for name in names]
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+    key = hashlib.sha256(f"{image_size} {crop} {names} {stats}".encode()).digest()
+    cache = Path(f"{os.path.abspath(source)}.dcgan")
+    if not os.access(cache.parent, os.W_OK):
+        cache = Path(tempfile.gettempdir(), cache.name)
+        report(f"beside {source} nothing can be written: the prepared pictures are in {cache}")
+    images = map_cache(cache, key, image_size)
+    if images is not None:
+        return images
 
-def to_batch(images, index, device="cpu", flip=False, rng=None):
-    """Rows `index` of a uint8 tensor -> float batch in [-1, 1] on `device`; `flip` mirrors half."""
-    batch = images[index.to(images.device)].to(device) / 127.5 - 1
+    def prepare(name):
+        try:
+            data = archive.read(name) if archive else (source / name).read_bytes()
+            return decode(data, image_size, crop).tobytes()
+        except Exception as error:      # a broken picture may raise anything
+            reason = str(error).partition(" <_io")[0]       # without an address in memory
+            report(f"skipped {source / name}: {reason}", sys.stderr)
+
+    chunks = range(0, len(names), 1000)         # so few pictures wait in memory
+    with atomic_write(cache, len(names) * image_size**2 * 3) as partial, ThreadPool() as pool:
+        with open(partial, "wb") as file:
+            for start in tqdm(chunks, "decoding", unit=" thousand pictures", disable=None):
+                file.writelines(filter(None, pool.map(prepare, names[start:start + 1000])))
+            if file.tell() == 0:
+                raise UserError(f"--data {path}: 0 readable pictures")
+            file.write(key)
+    return map_cache(cache, key, image_size)
+
+def shuffled(count, batch_size, first, last, seed=42, device="cpu"):
+    """Yield (step, indices of its batch) for the steps after `first`, up to `last`.
+
+    Each epoch has an order of its own, which its number and the seed decide."""
+    batches = max(count // batch_size, 1)
+    for step in range(first, last):
+        epoch, i = divmod(step, batches)
+        if i == 0 or step == first:
+            rng = torch.Generator().manual_seed(seed + epoch)
+            order = torch.randperm(count, generator=rng).to(device)
+        yield step + 1, order[i * batch_size:(i + 1) * batch_size]
+
+def to_batch(images, index, device=None, flip=False, rng=None):
+    """Rows `index` of a uint8 tensor -> float batch in [-1, 1]; `flip` mirrors half of them.
+
+    On `device`, by default where the images are; the index is there, or on the CPU."""
+    batch = images[index].to(device or images.device) / 127.5 - 1
     if flip:
-        mirror = torch.rand(len(batch), 1, 1, 1, device=device, generator=rng) < 0.5
+        mirror = torch.rand(len(batch), 1, 1, 1, device=batch.device, generator=rng) < 0.5
         batch = torch.where(mirror, batch.flip(3), batch)
     return batch.contiguous(memory_format=torch.channels_last)
 
-# ---- Networks (Radford et al. 2016, section 3): channels double as the side halves, to 8 * width -
+# ---- Networks (Radford et al. 2016, section 3); shapes are those at the defaults -----------------
 LATENT_DIM, LEAKY_SLOPE = 100, 0.2
+DEEP = {32: (4,), 64: (8, 4), 128: (8, 8, 4), 256: (8, 8, 8, 4)}
+
+def deep_widths(image_size, width):
+    """Channels of the smallest feature maps, from 4 x 4 on; ValueError for a size not in DEEP."""
+    if image_size not in DEEP:
+        raise ValueError(f"image_size {image_size} is not one of {list(DEEP)}")
+    return [factor * width for factor in DEEP[image_size]]
 
 def init_weights(module):
     """Normal weights of deviation 0.02, batch norm's around 1 (Radford et al. 2016, section 4)."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+def up(inputs, outputs, relu=False, stride=2, padding=1):
+    """The generator's block: it doubles the side, by default."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(True) if relu else nn.LeakyReLU(LEAKY_SLOPE, True),
+    )
+
+def down(inputs, outputs):
+    """The discriminator's block: it halves the side."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.LeakyReLU(LEAKY_SLOPE, True),
+    )
 
 class Generator(nn.Sequential):
     """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1]."""
+
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
-        widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)][::-1]
-        layers = [nn.Unflatten(1, (latent_dim, 1, 1))]         # at the defaults, 100 x  1 x  1
-        for inputs, outputs in zip([latent_dim, *widths], widths):              # 512 x  4 x  4
-            stride, padding = (2, 1) if len(layers) > 1 else (1, 0)             # 256 x  8 x  8
-            layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride, padding, bias=False),
-                       nn.BatchNorm2d(outputs),                                 # 128 x 16 x 16
-                       nn.ReLU(True) if relu else nn.LeakyReLU(LEAKY_SLOPE, True)]  # 64 x 32 x 32
-        super().__init__(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh())
-        self.apply(init_weights)                                                # 3 x 64 x 64
+        deep = deep_widths(image_size, width)
+        super().__init__(
+            nn.Unflatten(1, (latent_dim, 1, 1)),                    # 100 x  1 x  1
+            up(latent_dim, deep[0], relu, stride=1, padding=0),     # 512 x  4 x  4
+            *[up(*pair, relu) for pair in pairwise(deep)],          # 256 x  8 x  8
+            up(4 * width, 2 * width, relu),                         # 128 x 16 x 16
+            up(2 * width, width, relu),                             #  64 x 32 x 32
+            nn.ConvTranspose2d(width, channels, 4, 2, 1),           #   3 x 64 x 64
+            nn.Tanh(),
+        )
+        self.apply(init_weights)
 
 class Discriminator(nn.Sequential):
     """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
+
     def __init__(self, channels=3, width=64, image_size=64):
-        widths = [width * min(2**i, 8) for i in range(image_size.bit_length() - 3)]
-        layers = []                                            # at the defaults,   3 x 64 x 64
-        for inputs, outputs in zip([channels, *widths], widths):                #  64 x 32 x 32
-            norm = [nn.BatchNorm2d(outputs)] if layers else []                  # 128 x 16 x 16
-            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1, bias=not norm),      # 256 x  8 x  8
-                       *norm, nn.LeakyReLU(LEAKY_SLOPE, True)]                  # 512 x  4 x  4
-        super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4), nn.Flatten())    #   1
+        deep = deep_widths(image_size, width)[::-1]
+        super().__init__(                                           #   3 x 64 x 64
+            nn.Conv2d(channels, width, 4, 2, 1),                    #  64 x 32 x 32
+            nn.LeakyReLU(LEAKY_SLOPE, True),
+            down(width, 2 * width),                                 # 128 x 16 x 16
+            down(2 * width, 4 * width),                             # 256 x  8 x  8
+            *[down(*pair) for pair in pairwise(deep)],              # 512 x  4 x  4
+            nn.Conv2d(deep[-1], 1, 4),                              #   1 x  1 x  1
+            nn.Flatten(),                                           #   1
+        )
         self.apply(init_weights)
 
 # ---- The step: one round of the game (Goodfellow et al. 2014; lecture 18.6) ----------------------
+
 def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, bf16=False,
                fresh_noise=False, label_smoothing=0.0, flip_labels=0.0, rng=None):
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
@@ -208,7 +344,8 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     # Discriminator: maximise log D(x) + log(1 - D(G(z))); one batch each, for batch norm's sake
     with autocast:
         fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
-        real_logits, fake_logits = D(real).float(), D(fake.detach()).float()
+        real_logits = D(real).float()
+        fake_logits = D(fake.detach()).float()      # detached: this half leaves G alone
     loss_d = (bce(real_logits, real_labels) + bce(fake_logits, fake_labels)) / 2
     optimizer_d.zero_grad()
     loss_d.backward()
@@ -225,226 +362,407 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     loss_g.backward()
     optimizer_g.step()
     D.requires_grad_(True)
+
     scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
     return torch.stack([loss_d, loss_g, *scores]).detach()
 
-# ---- The run: measures, epochs, checkpoints ------------------------------------------------------
+@torch.no_grad()
+def update_average(average, G, decay):
+    """Move `average`, a copy of G, towards it: averaged weights draw better than the latest."""
+    for mean, latest in zip(average.parameters(), G.parameters()):
+        mean.lerp_(latest, 1 - decay)
+    for mean, latest in zip(average.buffers(), G.buffers()):
+        mean.copy_(latest)
+
+# ---- Measures and pictures -----------------------------------------------------------------------
+
 @torch.no_grad()
 def sample(G, latents):
     """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; G in eval mode."""
     return torch.cat([(G(z) * 127.5 + 127.5).round().byte().cpu() for z in latents.split(128)])
 
+def thumbnails(images):
+    """uint8 images, N x C x S x S -> floats in [-1, 1], N x (C * 16 * 16), averaged down."""
+    parts = [F.adaptive_avg_pool2d(part / 127.5 - 1, 16) for part in images.split(128)]
+    return torch.cat(parts).flatten(1)
+
 def compare(fake, real):
-    """uint8 images -> sliced Wasserstein distance * 1000 (Rabin et al. 2011) and diversity."""
-    fake, real = (torch.cat([F.adaptive_avg_pool2d(some / 127.5 - 1, 16).flatten(1)
-                             for some in images.split(128)]) for images in (fake, real))
+    """uint8 images -> sliced Wasserstein distance * 1000 (Rabin et al. 2011) and diversity.
+
+    Diversity is the mean distance between two fakes over that between two reals."""
+    fake, real = thumbnails(fake), thumbnails(real)
     n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(fake.shape[1], 256, generator=rng), dim=0)
     gaps = (fake[:n] @ directions).sort(0).values - (real[:n] @ directions).sort(0).values
-    return 1000 * gaps.abs().mean(), torch.pdist(fake).mean() / torch.pdist(real).mean()
+    swd = 1000 * gaps.abs().mean()
+    return swd.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
+
+def plot_losses(losses, epoch_steps, path):
+    """Draw loss_d and loss_g (steps x 2) over epochs, their range light and their mean bold."""
+    image, width, height = Image.new("RGB", (800, 450), "white"), 700, 350
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(14)
+    highest, epochs = int(losses.quantile(0.995) + 1.1), len(losses) / epoch_steps
+    for fifth in range(6):
+        x, y = 60 + width * fifth / 5, 410 - height * fifth / 5
+        draw.line((60, y, 60 + width, y), "#ddd")
+        draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
+        draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
+    for i, name, color in (0, "discriminator loss", "#1f5fa8"), (1, "generator loss", "#d2691e"):
+        y = 410 - losses[None, None, :, i].clamp(max=highest) * height / highest
+        y = F.interpolate(y, max(4 * width, len(losses)), mode="linear")    # connects few steps
+        window = y.shape[2] // 100 * 2 + 1
+        mean = F.avg_pool1d(y, window, 1, window // 2, count_include_pad=False)
+        mean = F.adaptive_avg_pool1d(mean, width).flatten().tolist()
+        bottom = F.adaptive_max_pool1d(y, width).flatten().tolist()
+        top = F.adaptive_max_pool1d(-y, width).neg().flatten().tolist()
+        for x in range(width):
+            draw.line((60 + x, top[x], 60 + x, bottom[x]), f"{color}50")
+        draw.line(list(enumerate(mean, 60)), color, 3)
+        draw.text((60 + 200 * i, 30), name, color, font, "lm")
+    image.save(path)
+
+def animate(folder, epochs, path):
+    """Make a GIF of the grids in `folder` that epochs 1 to `epochs` have left."""
+    grids = [folder / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
+    frames = map(Image.open, filter(Path.exists, grids))        # opened one at a time
+    for first in frames:
+        first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
+
+# ---- The run -------------------------------------------------------------------------------------
+LOSSES = "loss_d", "loss_g", "D(x)", "D(G(z))"
+
+def native_bf16(device):
+    """Whether the device itself computes in bfloat16, rather than by emulation."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+def share_gradients(network):
+    """Average each gradient over all processes, as soon as it is computed."""
+    for p in network.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
+
+def build_generator(settings):
+    """The generator of these settings, as a checkpoint has them."""
+    relu = settings["activation"] == "relu"
+    return Generator(width=settings["width"], image_size=settings["image_size"], relu=relu)
+
+class Run:
+    """What lives from step to step; a checkpoint holds what SAVED names, and the random state."""
+    SAVED = ("G", "D", "ema", "optimizer_g", "optimizer_d", "step", "history", "log",
+             "pictures", "fingerprint")
+
+    def __init__(self, args, images):
+        torch.manual_seed(args.seed)
+        self.G = build_generator(vars(args)).to(args.device, memory_format=torch.channels_last)
+        D = Discriminator(width=args.width, image_size=args.image_size)
+        self.D = D.to(args.device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.G).eval()
+        adam = partial(Adam, betas=(args.beta1, 0.999), fused=True)
+        self.optimizer_g = adam(self.G.parameters(), args.lr_g)
+        optimizer = adam if args.optimizer_d == "adam" else SGD
+        self.optimizer_d = optimizer(self.D.parameters(), args.lr_d)
+        self.rng = torch.Generator(args.device).manual_seed(args.seed)
+        self.epoch_steps, epochs = len(images) // args.batch_size, args.epochs
+        if args.dry_run:
+            self.epoch_steps, epochs = 1, 1
+        self.last_step = self.epoch_steps * epochs
+        self.step, self.log = 0, []
+        self.history = torch.empty(0, 4)        # a row of LOSSES a step
+        self.unread = []                        # the latest of them, still on the device
+
+        fixed_rng = torch.Generator().manual_seed(args.seed)
+        self.latents = torch.randn(1024, LATENT_DIM, generator=fixed_rng).to(args.device)
+        order = torch.randperm(len(images), generator=fixed_rng)
+        self.real = images[order[:1024].to(images.device)].cpu()
+        self.pictures = len(images)
+        self.fingerprint = hashlib.sha256(self.real.numpy().tobytes()).hexdigest()
+
+    def state_dict(self):
+        state = {"rng": self.rng.get_state()}
+        for name in self.SAVED:
+            value = getattr(self, name)
+            state[name] = value.state_dict() if hasattr(value, "state_dict") else value
+        return state
+
+    def load_state_dict(self, state):
+        if self.fingerprint != state["fingerprint"]:
+            report("warning: these are not the pictures with which the run began")
+        for name in self.SAVED:
+            value = getattr(self, name)
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+        if len(state["rng"]) == len(self.rng.get_state()):
+            self.rng.set_state(state["rng"])
+        else:
+            self.rng.manual_seed(self.rng.initial_seed() + self.step)
+            report("the checkpoint is from another kind of device: from here on the noise differs")
+
+    def read_losses(self):
+        """Bring the losses into the history: here alone does the host wait for the device."""
+        rows = torch.stack(self.unread).cpu()
+        self.history, self.unread = torch.cat([self.history, rows]), []
+        for values in (rows, *self.G.parameters(), *self.D.parameters()):
+            if not values.isfinite().all():
+                raise UserError(f"not finite at step {self.step}, checkpoint kept: "
+                                "lower --lr-g and --lr-d")
+
+@contextmanager
+def signals(handler):
+    """Let handler(number, frame) take Ctrl-C and SIGTERM in this block; only a main thread can."""
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+def fail(message, status=2):
+    """End the program with one line on standard error."""
+    report(f"dcgan.py: error: {message}", sys.stderr)
+    raise SystemExit(status)
+
+def leave(number, frame=None):
+    """Handle a signal: end the program at once, but let every block clean up behind itself."""
+    fail("interrupted", 128 + number)
+
+@contextmanager
+def stop_requests():
+    """Yield a list to which the first Ctrl-C or SIGTERM is added; the second ends the program."""
+    received = []
+
+    def remember(number, frame):
+        if received:
+            leave(number)
+        received.append(number)
+
+    with signals(remember):
+        yield received
+
+def load_shared(args):
+    """The pictures of --data; with torchrun, one process on each machine prepares them."""
+    if env("LOCAL_RANK") > 0:       # waits here for the process that prepares
+        dist.init_process_group()
+    images = load_images(args.data, args.image_size, args.crop)
+    if env("LOCAL_RANK") == 0 and env("WORLD_SIZE", 1) > 1:
+        dist.init_process_group()
+    if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
+        images = images.to(args.device)
+    return images
+
+def warn(step, diversity, losses_d):
+    """Say what goes wrong, if anything, after an epoch with these losses of the discriminator."""
+    if step > 300 and diversity < 0.5:      # early on, all fakes are alike
+        report("warning: the generator collapses; try --lr-g nearer --lr-d or a lower --beta1")
+    if losses_d.max() < 0.05:
+        report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
+
+def log_losses(run, out):
+    """Print a row and write log.csv; at an epoch's end with measures, pictures and warnings."""
+    epoch = (run.step - 1) // run.epoch_steps + 1
+    row = {"epoch": epoch, "step": run.step, **dict(zip(LOSSES, run.history[-1].tolist()))}
+    if run.step == epoch * run.epoch_steps:
+        fakes = sample(run.ema, run.latents)
+        row["swd"], row["diversity"] = compare(fakes, run.real)
+        save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch:03d}.png")
+        plot_losses(run.history[:, :2], run.epoch_steps, out / "losses.png")
+        warn(run.step, row["diversity"], run.history[-run.epoch_steps:, 0])
+    report(" ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
+    run.log.append({name: round(value, 4) for name, value in row.items()})
+    with open(out / "log.csv", "w") as file:
+        columns = ["epoch", "step", *LOSSES, "swd", "diversity"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(run.log)
+
+def save_checkpoint(run, args):
+    """Write checkpoint.pt into args.out: the run, and the flags that shape it. Not in a dry run."""
+    if args.dry_run:
+        return
+    others = {"out", "resume", "generate", "device", "dry_run"}
+    settings = {name: value for name, value in vars(args).items() if name not in others}
+    with atomic_write(Path(args.out, "checkpoint.pt")) as path:
+        torch.save({**run.state_dict(), "settings": settings}, path)
+
+def start(args, checkpoint):
+    """What a training begins with: its pictures, its Run and whether it computes in bf16."""
+    n, rank, ranks, out = args.batch_size, env("RANK"), env("WORLD_SIZE", 1), Path(args.out)
+    if n % ranks:
+        raise UserError(f"{ranks} processes cannot share --batch-size {n} evenly")
+    if not checkpoint and (out / "checkpoint.pt").exists():
+        raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
+    images = load_shared(args)
+    needed = checkpoint["pictures"] if checkpoint else max(n, len(images))
+    if len(images) != needed:
+        raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
+    run = Run(args, images)
+    if checkpoint:
+        run.load_state_dict(checkpoint)
+    if ranks > 1:
+        share_gradients(run.G)
+        share_gradients(run.D)
+    if rank == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        save_image(run.real[:64] / 255, out / "real.png")
+    else:
+        run.rng.manual_seed(args.seed + run.step + rank)        # noise of its own
+    precision = args.precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16(args.device) else "fp32, for bf16 is not native here"
+    sizes = " + ".join(f"{sum(map(torch.numel, net.parameters())):,}" for net in (run.G, run.D))
+    report(f"{args.data}: {needed:,} pictures; {args.device}, {precision}; {sizes} parameters")
+    torch.backends.cudnn.benchmark = True       # tries the convolution algorithms once
+    return images, run, precision == "bf16"
 
 def train(args, checkpoint=None):
     """Train as the flags say, from a checkpoint if given, into args.out; in torchrun, as a rank."""
-    out, device, n = Path(args.out), torch.device(args.device), args.batch_size
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if rank > 0:        # waits here until rank 0 has prepared the pictures
-        dist.init_process_group("gloo")
-    if n % ranks or ranks > 1 and device.type != "cpu":
-        raise UserError(f"{ranks} processes share --batch-size {n} evenly, on --device cpu only")
-    if not checkpoint and (out / "checkpoint.pt").exists():
-        raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
-    images = load_images(args.data, args.image_size, args.crop)
-    needed = checkpoint["pictures"] if checkpoint else max(n, len(images))      # at least a batch
-    if len(images) != needed:
-        raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
-    if ranks > 1 and rank == 0:
-        dist.init_process_group("gloo")
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        images = images.to(device)
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-              device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"))
-    precision = args.precision if args.precision != "auto" else "bf16" if native else "fp32"
-    epoch_steps, epochs = (1, 1) if args.dry_run else (len(images) // n, args.epochs)
-    torch.manual_seed(args.seed)
-    G = Generator(width=args.width, image_size=args.image_size, relu=args.activation == "relu")
-    D = Discriminator(width=args.width, image_size=args.image_size)
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
-    for p in (*G.parameters(), *D.parameters()) if ranks > 1 else ():   # share the gradients
-        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
-    optimizer_g = torch.optim.Adam(G.parameters(), args.lr_g, (args.beta1, 0.999), fused=True)
-    optimizer_d = (torch.optim.SGD(D.parameters(), args.lr_d) if args.optimizer_d == "sgd" else
-                   torch.optim.Adam(D.parameters(), args.lr_d, (args.beta1, 0.999), fused=True))
-    ema = AveragedModel(G, use_buffers=True).eval()
-    parts = {"generator": G, "discriminator": D, "ema": ema,
-             "optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rng, fixed_rng = (torch.Generator(d).manual_seed(args.seed) for d in (device, "cpu"))
-    log = ["epoch,step,loss_d,loss_g,D(x),D(G(z)),swd,diversity"]
-    first, history, recent, stop = 0, torch.empty(0, 4), [], []
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        rng.set_state(checkpoint["rng"])
-        first, history, log = checkpoint["step"], checkpoint["history"], checkpoint["log"]
-    if rank > 0:
-        rng.manual_seed(args.seed + first + rank)       # noise of its own
-    options = {"bf16": precision == "bf16", "fresh_noise": args.fresh_noise, "rng": rng,
-               "label_smoothing": args.label_smoothing, "flip_labels": args.flip_labels}
-    sizes = " + ".join(f"{sum(p.numel() for p in net.parameters()):,}" for net in (G, D))
-    latents = torch.randn(1024, LATENT_DIM, generator=fixed_rng).to(device)
-    real = images[torch.randperm(len(images), generator=fixed_rng)[:1024].to(images.device)].cpu()
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        report(f"{args.data}: {len(images):,} pictures; {device}, {precision}; {sizes} parameters")
-        save_image(real[:64] / 255, out / "real.png")
-    for signum in (signal.SIGINT, signal.SIGTERM):      # take effect between two steps
-        signal.signal(signum, lambda signum, frame: stop.append(signum))
-    start = shown = time.time()
-    for step in range(first + 1, epochs * epoch_steps + 1):
-        epoch, i = divmod(step - 1, epoch_steps)
-        if i == 0 or step == first + 1:
-            order = torch.randperm(len(images), generator=fixed_rng.manual_seed(args.seed + epoch))
-        batch = to_batch(images, order[i * n:(i + 1) * n][rank::ranks], device, args.flip, rng)
-        recent.append(train_step(G, D, optimizer_g, optimizer_d, batch, **options))
-        ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, step / (9 + step)))       # warmed up
-        ema.update_parameters(G)
-        epoch_done, log_it = step % epoch_steps == 0, step % args.log_interval == 0
-        if rank > 0 or not (epoch_done or log_it or stop):
-            continue
-        rows = torch.stack(recent).cpu()        # only here does the host wait for the device
-        if not all(x.isfinite().all() for x in (rows, *G.parameters(), *D.parameters())):
-            raise UserError(f"not finite at step {step}, checkpoint kept: lower --lr-g and --lr-d")
-        history = torch.cat([history, rows])
-        row = [epoch + 1, step, *rows[-1].tolist()]
-        if epoch_done:
-            fakes = sample(ema, latents)
-            row += [x.item() for x in compare(fakes, real)]
-            save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch + 1:03d}.png")
-            plot_losses(history[:, :2], epoch_steps, out / "losses.png")
-        if epoch_done or log_it:
-            log = [*log, ",".join(f"{round(value, 4)}" for value in row) + "," * (8 - len(row))]
-            (out / "log.csv").write_text("\n".join(log) + "\n")
-        speed, shown, recent = len(recent) * n / (time.time() - shown), time.time(), []
-        left = (shown - start) / (step - first) * (epochs * epoch_steps - step)
-        text = " ".join(f"{name} {round(x, 2)}" for name, x in zip(log[0].split(","), row))
-        report(f"{text} {left:.0f} s left {speed:,.0f} images/s", epoch_done or stop)
-        if epoch_done and step > 300 and row[-1] < 0.5:     # early on, all fakes are alike
-            report("warning: the generator collapses; try --lr-g nearer --lr-d or a lower --beta1")
-        if epoch_done and history[-epoch_steps:, 0].max() < 0.05:
-            report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
-        if (epoch_done or stop) and not args.dry_run:
-            run_only = {"out", "resume", "generate", "device", "dry_run"}
-            save_atomically({
-                "settings": {k: v for k, v in vars(args).items() if k not in run_only}, "log": log,
-                "pictures": len(images), "step": step, "history": history, "rng": rng.get_state(),
-                **{name: part.state_dict() for name, part in parts.items()}}, out / "checkpoint.pt")
+    images, run, bf16 = start(args, checkpoint)
+    out, rank, ranks, n = Path(args.out), env("RANK"), env("WORLD_SIZE", 1), args.batch_size
+    steps = shuffled(len(images), n, run.step, run.last_step, args.seed, images.device)
+    bar = tqdm(total=run.last_step, initial=run.step, disable=rank > 0 or None)
+    tricks = {"fresh_noise": args.fresh_noise, "label_smoothing": args.label_smoothing,
+              "flip_labels": args.flip_labels}
+    with bar, stop_requests() as stop:
+        for step, index in steps:
+            batch = to_batch(images, index[rank::ranks], args.device, args.flip, run.rng)
+            losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch,
+                                bf16=bf16, rng=run.rng, **tricks)
+            update_average(run.ema, run.G, min(args.ema, step / (9 + step)))        # warmed up
+            if rank > 0:
+                continue
+            run.step = step
+            run.unread.append(losses)
+            bar.update()
+            epoch_done = step % run.epoch_steps == 0
+            logged = epoch_done or step % args.log_interval == 0
+            if logged or stop:
+                run.read_losses()
+            if logged:
+                log_losses(run, out)
+            if epoch_done or stop:
+                save_checkpoint(run, args)
             if stop:
                 report(f"stopped after step {step}: go on with --resume")
                 raise SystemExit(128 + stop[0])
     if rank == 0:
-        frame, *frames = map(Image.open, sorted(out.glob("samples/epoch_*.png")))
-        frame.save(out / "samples.gif", save_all=True, append_images=frames, duration=500, loop=0)
-        report(f"done in {time.time() - start:.0f} s: see {out}")
+        animate(out / "samples", run.last_step // run.epoch_steps, out / "samples.gif")
+        report(f"done: see {out}")
 
 def generate(checkpoint, count, folder, seed=42, device="cpu"):
     """Write `count` pictures from a checkpoint into `folder`, and a grid of 64 beside it."""
-    flags, folder, rng = checkpoint["settings"], Path(folder), torch.Generator().manual_seed(seed)
-    sizes = {"width": flags["width"], "image_size": flags["image_size"]}
-    ema = AveragedModel(Generator(**sizes, relu=flags["activation"] == "relu"), use_buffers=True)
-    ema.load_state_dict(checkpoint["ema"])
-    images = sample(ema.to(device).eval(), torch.randn(count, LATENT_DIM, generator=rng).to(device))
+    G, folder, rng = build_generator(checkpoint["settings"]), Path(folder), torch.Generator()
+    G.load_state_dict(checkpoint["ema"])
+    G.to(device).eval()
     folder.mkdir(exist_ok=True)
-    for file in folder.glob("*.png"):       # an earlier call's
+    for file in folder.glob(f"{'[0-9]' * 6}.png"):      # an earlier call's
         file.unlink()
-    for i, image in enumerate(images, 1):
+    latents = torch.randn(count, LATENT_DIM, generator=rng.manual_seed(seed)).to(device)
+    images = (image for part in latents.split(128) for image in sample(G, part))
+    for i, image in enumerate(tqdm(images, "generating", count, disable=None), 1):
         save_image(image / 255, folder / f"{i:06d}.png")
-    save_image(images[:64] / 255, f"{folder}.png")
-    print(f"{count} pictures in {folder}, a grid in {folder}.png")
-
-def plot_losses(losses, epoch_steps, path):
-    """Draw loss_d and loss_g (steps x 2) over epochs as a PNG: faint per step, bold smoothed."""
-    image, font, grey = Image.new("RGB", (1600, 900), "white"), ImageFont.load_default(28), "#444"
-    draw, left, top, right, bottom = ImageDraw.Draw(image, "RGBA"), 110, 50, 1500, 830
-    epochs, highest = len(losses) / epoch_steps, int(losses.quantile(0.995).item() + 0.1) + 1
-    for k in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        x, y = left + k * (right - left), bottom - k * (bottom - top)
-        draw.line([(left, y), (right, y)], "#ddd", 2)
-        draw.line([(x, top), (x, bottom)], "#ddd", 2)
-        draw.text((left - 15, y), f"{k * highest:.3g}", grey, font, "rm")
-        draw.text((x, bottom + 18), f"epoch {k * epochs:.3g}", grey, font, "mt")
-    window, xs = len(losses) // 100 * 2 + 1, torch.linspace(left, right, len(losses)).tolist()
-    smooth = F.avg_pool1d(losses.T, window, 1, window // 2, count_include_pad=False).T
-    for i, name, bold in ((0, "discriminator loss", "#1f5fa8"), (1, "generator loss", "#d2691e")):
-        draw.text((right - 20, top + 40 * i + 30), name, bold, font, "rm")
-        for values, color, thickness in ((losses[:, i], bold + "60", 2), (smooth[:, i], bold, 5)):
-            ys = bottom - (values / highest).clamp(max=1) * (bottom - top)
-            draw.line(list(zip(xs, ys.tolist())), color, thickness)
-    image.resize((800, 450), Image.Resampling.LANCZOS).save(path)
+    save_image(sample(G, latents[:64]) / 255, f"{folder}.png")
+    report(f"{count} pictures in {folder}, a grid in {folder}.png")
 
 # ---- The command line ----------------------------------------------------------------------------
-def main(argv=None):
-    """Parse the command line, check it, and train or generate."""
-    def between(kind, low, high=float("inf")):
-        def number(text):
-            if low <= kind(text) <= high:
-                return kind(text)
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return number
-    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    def fail(message):
-        parser.exit(2, f"dcgan.py: error: {' '.join(str(message).split())}\n")
-    parser.error = fail
-    count, share, rate = between(int, 1), between(float, 0, 1), between(float, 0)
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default=str(CELEBA_FOLDER), help="folder or .zip of pictures, or toy")
-    add("--image-size", type=int, default=64, choices=(32, 64, 128, 256), help="in pixels")
-    add("--crop", type=count, help="pixels of the centre crop (160 for CelebA, else all)")
-    add = parser.add_argument_group("networks and training").add_argument
-    add("--width", type=count, default=64, help="channels at half the image size")
-    add("--activation", choices=("leaky_relu", "relu"), default="leaky_relu", help="generator's")
-    add("--ema", type=share, default=0.999, help="decay of the generator's moving average")
-    add("--epochs", type=count, default=20, help="passes over the pictures")
-    add("--batch-size", type=count, default=128, help="images a step")
-    add("--lr-g", type=rate, default=4e-4, help="generator's learning rate")
-    add("--lr-d", type=rate, default=4e-4, help="discriminator's learning rate")
-    add("--beta1", type=share, default=0.25, help="of Adam")
-    add("--optimizer-d", choices=("adam", "sgd"), default="adam", help="discriminator's")
-    add = parser.add_argument_group("tricks, off by default").add_argument
-    add("--fresh-noise", action="store_true", help="new noise for the generator's half of a step")
-    add("--label-smoothing", type=share, default=0.0, metavar="S", help="real labels are 1 - S")
-    add("--flip-labels", type=share, default=0.0, metavar="P", help="share of D's labels swapped")
-    add("--flip", action="store_true", help="mirror half of the real images")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="out", help="folder for everything that the run makes")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--generate", type=count, metavar="N", help="write N pictures from it instead")
-    add("--seed", type=between(int, 0), default=42, help="decides all that is random")
-    add("--device", default=str(found), help="cpu, cuda, cuda:1, mps, ...")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="bf16 if native")
-    add("--log-interval", type=count, default=100, metavar="N", help="steps between rows")
-    add("--dry-run", action="store_true", help="one step, one of each picture, done")
-    args, checkpoint = parser.parse_args(argv), None
+
+def between(kind, low, high=float("inf")):
+    """An argparse type: a number of that kind from low to high."""
+    def number(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return number
+
+def existing_device(name):
+    """An argparse type: the device of that name; in torchrun, "cuda" is a GPU for each process."""
+    processes, gpus = env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    if name == "cuda" and processes > 1:
+        if processes > gpus:
+            raise argparse.ArgumentTypeError(f"{processes} processes, but {gpus} GPUs")
+        name = f"cuda:{env('LOCAL_RANK')}"
     try:
-        if args.resume or args.generate:
-            try:
-                checkpoint = torch.load(f"{args.out}/checkpoint.pt", "cpu", weights_only=True)
-                args = parser.parse_args(argv, argparse.Namespace(**checkpoint["settings"]))
-            except Exception:
-                raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged one")
-            free = {"epochs", "log_interval", "precision", args.generate and "seed"}
-            for name, value in checkpoint["settings"].items():
-                if name not in free and getattr(args, name) != value:
-                    fail(f"the run in {args.out} has --{name.replace('_', '-')} {value}")
+        torch.zeros(1, device=name).item()
+    except Exception:       # each kind of device has errors of its own
+        raise argparse.ArgumentTypeError(f"{name} is not there; without the flag, torch looks")
+    return torch.device(name)
+
+def parse_args(argv=None, settings=None):
+    """The command line as a namespace; `settings` are a checkpoint's, instead of the defaults."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+
+    def flag(name, kind, default, text, **options):
+        group.add_argument(name, type=kind, default=default, help=text, **options)
+
+    def switch(name, text):
+        group.add_argument(name, action="store_true", help=text)
+
+    count, share, rate = between(int, 1), between(float, 0, 1), between(float, 0)
+    group = parser.add_argument_group("data")
+    flag("--data", str, str(CELEBA_FOLDER), "folder or .zip of pictures, or toy")
+    flag("--image-size", int, 64, "in pixels", choices=DEEP)
+    flag("--crop", count, None, "pixels of the centre crop (160 for CelebA, else all)")
+    group = parser.add_argument_group("networks and training")
+    flag("--width", count, 64, "channels at half the image size")
+    flag("--activation", str, "leaky_relu", "generator's", choices=("leaky_relu", "relu"))
+    flag("--ema", share, 0.999, "decay of the generator's moving average")
+    flag("--epochs", count, 20, "passes over the pictures")
+    flag("--batch-size", count, 128, "images a step")
+    flag("--lr-g", rate, 4e-4, "generator's learning rate")
+    flag("--lr-d", rate, 4e-4, "discriminator's learning rate")
+    flag("--beta1", between(float, 0, 0.999), 0.25, "of Adam")
+    flag("--optimizer-d", str, "adam", "discriminator's", choices=("adam", "sgd"))
+    group = parser.add_argument_group("tricks, off by default")
+    switch("--fresh-noise", "new noise for the generator's half of a step")
+    flag("--label-smoothing", share, 0.0, "real labels are 1 - S", metavar="S")
+    flag("--flip-labels", share, 0.0, "share of D's labels swapped", metavar="P")
+    switch("--flip", "mirror half of the real images")
+    group = parser.add_argument_group("run")
+    flag("--out", str, "out", "folder for everything that the run makes")
+    switch("--resume", "go on from the checkpoint in --out")
+    flag("--generate", count, None, "write N pictures from it instead", metavar="N")
+    flag("--seed", between(int, 0, 2**63), 42, "decides all that is random")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    flag("--device", existing_device, str(found), "cpu, cuda, cuda:1, mps, ...")
+    flag("--precision", str, "auto", "bf16 if native", choices=("auto", "bf16", "fp32"))
+    flag("--log-interval", count, 100, "steps between rows", metavar="N")
+    switch("--dry-run", "one step, one of each picture, done")
+    return parser.parse_args(argv, argparse.Namespace(**settings or {}))
+
+def read_checkpoint(argv, args):
+    """The checkpoint in --out, and the command line again with its settings for defaults.
+
+    UserError if there is none, or if the command line contradicts what shapes the run."""
+    try:
+        checkpoint = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
+        settings = checkpoint["settings"]
+    except Exception:
+        raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged one")
+    args = parse_args(argv, settings)
+    free = {"data", "epochs", "log_interval", "precision", args.generate and "seed"}
+    for name, value in settings.items():
+        if name not in free and getattr(args, name) != value:
+            raise UserError(f"the run in {args.out} has --{name.replace('_', '-')} {value}")
+    return checkpoint, args
+
+def main(argv=None):
+    """Train or generate, as the command line says."""
+    with signals(leave):
         try:
-            torch.zeros(1, device=args.device).item()
-        except (RuntimeError, AssertionError):
-            raise UserError(f"--device {args.device}: not there; torch finds {found}")
-        if args.generate:
-            generate(checkpoint, args.generate, f"{args.out}/generated", args.seed, args.device)
-        else:
-            train(args, checkpoint)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        fail(str(error) or "interrupted")
+            args, checkpoint = parse_args(argv), None
+            if args.resume or args.generate:
+                checkpoint, args = read_checkpoint(argv, args)
+            if not args.generate:
+                train(args, checkpoint)
+            elif env("RANK") == 0:
+                generate(checkpoint, args.generate, f"{args.out}/generated", args.seed, args.device)
+        except (UserError, OSError) as error:
+            fail(error)
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,14 @@
 """Tests of dcgan.py: run `pytest`; under a minute on two cores, no network, no GPU needed."""
+import csv
+import http.server
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -14,337 +20,937 @@ from torchvision import transforms as T
 
 import dcgan
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
 SMALL = "--image-size 32 --width 8 --batch-size 8 --log-interval 2 --device cpu".split()
+GRIDS = {"samples/epoch_001.png", "samples/epoch_002.png", "samples/epoch_003.png"}
 FILES = {"real.png", "samples.gif", "losses.png", "log.csv", "samples/epoch_001.png"}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """Each test works in a folder of its own; the signal handlers of a run in it are left out."""
+def own_folder(monkeypatch, tmp_path):
+    """Each test works in a folder of its own, and its subprocesses can import dcgan."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(dcgan.__file__).parent))
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):     # 40 of them: 5 steps an epoch at batch 8
-    folder = tmp_path_factory.mktemp("faces")
+def pictures(tmp_path_factory):
+    """A folder of 40 pictures: 5 steps an epoch at batch 8."""
+    folder = tmp_path_factory.mktemp("data") / "faces"
+    folder.mkdir()
     for i, image in enumerate(dcgan.toy_faces(40, 32)):
         T.ToPILImage()(image).save(folder / f"{i:03d}.png")
     return str(folder)
 
+
 @pytest.fixture(scope="session")
-def finished(pictures, tmp_path_factory):       # a run of three epochs without a break
+def finished(pictures, tmp_path_factory):
+    """The folder of a run of three epochs without a break."""
     out = tmp_path_factory.mktemp("run") / "out"
-    argv = ["--data", pictures, "--epochs", "3", "--out", str(out), *SMALL]
-    subprocess.run([sys.executable, dcgan.__file__, *argv], check=True)
+    dcgan.main(["--data", pictures, "--epochs", "3", "--out", str(out), *SMALL])
     return out
 
-def fails(capsys, *argv):
-    """The one line on standard error with which a command fails, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        dcgan.main([str(a) for a in argv])
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("dcgan.py: error: ")
-    return lines[0]
-
-def jpeg(image=None, color="red"):
-    (image or Image.new("RGB", (178, 218), color)).save(data := BytesIO(), "JPEG", quality=90)
-    return data.getvalue()
 
 def networks(size=32, width=8, seed=0):
     torch.manual_seed(seed)
-    return [net(image_size=size, width=width) for net in (dcgan.Generator, dcgan.Discriminator)]
+    G = dcgan.Generator(image_size=size, width=width)
+    D = dcgan.Discriminator(image_size=size, width=width)
+    return G, D
 
-def optimizers(nets, *rates, kind=torch.optim.SGD, **options):
-    return [kind(net.parameters(), rate, **options) for net, rate in zip(nets, rates)]
 
-# ---- Networks and step ---------------------------------------------------------------------------
-@pytest.mark.parametrize("size, of_G, of_D", [
-    (32, 1_068_931, 663_361), (64, 3_576_707, 2_765_633),
-    (128, 7_772_035, 6_960_961), (256, 11_967_363, 11_156_289)])
-def test_shapes_and_parameter_counts(size, of_G, of_D):
+def sgd(nets, rate_g, rate_d):
+    """With SGD, an update is a gradient."""
+    rates = zip(nets, (rate_g, rate_d))
+    return [torch.optim.SGD(net.parameters(), rate) for net, rate in rates]
+
+
+def adam(nets):
+    return [torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in nets]
+
+
+def error_of(capsys, *argv):
+    """The one line on standard error with which a command fails, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        dcgan.main([str(word) for word in argv])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("dcgan.py: error: ")
+    return lines[0]
+
+
+def jpeg(image=None, color="red"):
+    """The bytes of a JPEG of CelebA's size, or of `image`."""
+    data = BytesIO()
+    image = image or Image.new("RGB", (178, 218), color)
+    image.save(data, "JPEG", quality=90)
+    return data.getvalue()
+
+
+def checkpoint(out):
+    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+
+
+def contents(out):
+    """Every file below a folder: bytes by name, a checkpoint as what it holds."""
+    files = {}
+    for file in Path(out).rglob("*.*"):
+        name = str(file.relative_to(out))
+        files[name] = checkpoint(out) if name == "checkpoint.pt" else file.read_bytes()
+    return files
+
+
+def same(a, b):
+    """Bit for bit, whatever is nested in whatever."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---- What the networks promise -------------------------------------------------------------------
+
+
+def test_generator_turns_100_d_noise_into_3_x_64_x_64_images():
+    images = dcgan.Generator()(torch.randn(2, 100))
+    assert images.shape == (2, 3, 64, 64)
+    assert images.abs().max() <= 1
+
+
+def test_discriminator_turns_an_image_into_a_single_logit():
+    logits = dcgan.Discriminator()(torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert logits.shape == (2, 1)
+    assert logits.isfinite().all()
+
+
+def one_step(device, bf16):
+    """Train one step: every parameter moves, and stays finite and float32."""
+    nets = [net.to(device, memory_format=torch.channels_last) for net in networks(64, width=16)]
+    parameters = [p for net in nets for p in net.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    real = dcgan.to_batch(dcgan.toy_faces(8), torch.arange(8), device)
+    losses = dcgan.train_step(*nets, *adam(nets), real, bf16=bf16)
+    assert losses.device.type == device
+    assert losses.isfinite().all()
+    for p, old in zip(parameters, before):
+        assert p.dtype == torch.float32
+        assert p.isfinite().all()
+        assert not torch.equal(p, old)
+
+
+@needs_cuda
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_training_step_on_cuda(bf16):
+    one_step("cuda", bf16)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_training_step_on_the_cpu(bf16):
+    one_step("cpu", bf16)
+
+
+@pytest.mark.parametrize("size, parameters_of_G, parameters_of_D", [
+    (32, 1_068_931, 663_361),
+    (64, 3_576_707, 2_765_633),
+    (128, 7_772_035, 6_960_961),
+    (256, 11_967_363, 11_156_289),
+])
+def test_every_image_size(size, parameters_of_G, parameters_of_D):
     G, D = networks(size, width=64)
     images = G(torch.randn(2, 100))
-    assert images.shape == (2, 3, size, size) and D(images).shape == (2, 1)
-    assert [sum(p.numel() for p in net.parameters()) for net in (G, D)] == [of_G, of_D]
+    assert images.shape == (2, 3, size, size)
+    assert D(images).shape == (2, 1)
+    assert sum(p.numel() for p in G.parameters()) == parameters_of_G
+    assert sum(p.numel() for p in D.parameters()) == parameters_of_D
 
-def test_layers_follow_the_paper():
+
+@pytest.mark.parametrize("size", [4, 65, 100])
+@pytest.mark.parametrize("network", [dcgan.Generator, dcgan.Discriminator])
+def test_another_image_size_is_refused(network, size):
+    with pytest.raises(ValueError, match=f"{size}.*32, 64, 128, 256"):
+        network(image_size=size)
+
+
+def test_layers_are_the_papers():
     G, D = networks(64, width=16)
-    assert isinstance(G[-1], torch.nn.Tanh) and G(torch.randn(4, 100) * 50).abs().max() <= 1
-    assert sum(isinstance(layer, torch.nn.ReLU) for layer in dcgan.Generator(relu=True)) == 4
-    assert {type(layer).__name__ for layer in (*G, *D)} == {
-        "Unflatten", "ConvTranspose2d", "BatchNorm2d", "LeakyReLU", "Tanh", "Conv2d", "Flatten"}
-    for layer in (*G, *D):
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            assert 0.9 < layer.weight.mean() < 1.1
-        elif hasattr(layer, "weight"):
-            assert layer.kernel_size == (4, 4) and abs(layer.weight.std() - 0.02) < 0.002
+    layers = [layer for net in (G, D) for layer in net.modules() if not list(layer.children())]
+    convolutions = [layer for layer in layers if hasattr(layer, "kernel_size")]
+    norms = [layer for layer in layers if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert len(convolutions) == 10
+    assert all(layer.kernel_size == (4, 4) for layer in convolutions)
+    assert all(abs(layer.weight.std() - 0.02) < 0.002 for layer in convolutions)
+    assert len(norms) == 7
+    assert all(0.9 < layer.weight.mean() < 1.1 for layer in norms)
+    assert G(torch.randn(4, 100) * 50).abs().max() <= 1
+    others = {type(layer).__name__ for layer in layers} - {"Conv2d", "ConvTranspose2d"}
+    assert others == {"Unflatten", "BatchNorm2d", "LeakyReLU", "Tanh", "Flatten"}
+    relus = [m for m in dcgan.Generator(relu=True).modules() if isinstance(m, torch.nn.ReLU)]
+    assert len(relus) == 4
 
-@pytest.mark.parametrize("fresh, rates", [
-    (False, (0.1, 0.1)), (True, (0.1, 0.1)), (False, (0.1, 0.0)), (False, (0.0, 0.1))])
-def test_step_against_one_written_out(fresh, rates):
-    """With SGD an update is a gradient: D first, then G against the new D, neither the other's."""
-    real, rng = dcgan.toy_faces(8, 32) / 127.5 - 1, torch.Generator().manual_seed(1)
-    (G, D), nets = networks(), networks()
-    losses = dcgan.train_step(*nets, *optimizers(nets, *rates), real, rng=rng, fresh_noise=fresh)
-    torch.rand(2, 8, 1, generator=rng.manual_seed(1))       # which labels to flip: none
-    optimizer_g, optimizer_d = optimizers((G, D), *rates)
+
+# ---- The step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh_noise", [False, True])
+@pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 0.0), (0.0, 0.1)])
+def test_step_is_the_one_written_out_here(fresh_noise, rates):
+    """D first, then G against the new D; neither moves in the other's half."""
+    real = dcgan.toy_faces(8, 32) / 127.5 - 1
+    rng = torch.Generator().manual_seed(1)
+    nets, (G, D) = networks(), networks()
+    losses = dcgan.train_step(*nets, *sgd(nets, *rates), real, rng=rng, fresh_noise=fresh_noise)
+
+    rng.manual_seed(1)
+    torch.rand(2, 8, 1, generator=rng)      # which labels to flip: none
+    optimizer_g, optimizer_d = sgd((G, D), *rates)
     fake = G(torch.randn(8, 100, generator=rng))
     loss_d = (F.softplus(-D(real)).mean() + F.softplus(D(fake.detach())).mean()) / 2
     loss_d.backward()
     optimizer_d.step()
-    loss_g = F.softplus(-D(G(torch.randn(8, 100, generator=rng)) if fresh else fake)).mean()
+    if fresh_noise:
+        fake = G(torch.randn(8, 100, generator=rng))
+    loss_g = F.softplus(-D(fake)).mean()
     loss_g.backward()
     optimizer_g.step()
+
     torch.testing.assert_close(losses[:2], torch.stack([loss_d, loss_g]).detach())
     for net, expected in zip(nets, (G, D)):
         torch.testing.assert_close(list(net.parameters()), list(expected.parameters()))
-    assert not losses.requires_grad and all(p.requires_grad for p in nets[1].parameters())
+    assert not losses.requires_grad
+    assert all(p.requires_grad for p in nets[1].parameters())
+
 
 @pytest.mark.parametrize("tricks, real, fake", [
-    ({}, 1, 0), ({"label_smoothing": 0.1}, 0.9, 0), ({"flip_labels": 1.0}, 0, 1),
-    ({"flip_labels": 0.25}, 0.75, 0.25), ({"flip_labels": 0.2, "label_smoothing": 0.5}, 0.4, 0.1)])
+    ({}, 1, 0),
+    ({"label_smoothing": 0.1}, 0.9, 0),
+    ({"flip_labels": 1.0}, 0, 1),
+    ({"flip_labels": 0.25}, 0.75, 0.25),
+    ({"flip_labels": 0.2, "label_smoothing": 0.5}, 0.4, 0.1),
+])
 def test_labels_of_each_trick(tricks, real, fake, monkeypatch):
-    bce, nets, means = F.binary_cross_entropy_with_logits, networks(8, width=2), []
-    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", lambda logits, labels: means.append(
-        labels.mean().item()) or bce(logits, labels))
-    dcgan.train_step(*nets, *optimizers(nets, 0, 0), torch.zeros(3000, 3, 8, 8), **tricks)
+    original, means, nets = F.binary_cross_entropy_with_logits, [], networks(width=2)
+
+    def spy(logits, labels):
+        means.append(labels.mean().item())
+        return original(logits, labels)
+
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", spy)
+    dcgan.train_step(*nets, *sgd(nets, 0, 0), torch.zeros(3000, 3, 32, 32), **tricks)
     assert means == pytest.approx([real, fake, 1], abs=0.04)
+
 
 def test_batches_and_their_mirror_images():
     images = torch.arange(4, dtype=torch.uint8).expand(200, 3, 4, 4)
-    plain, flipped = (dcgan.to_batch(images, torch.arange(200), flip=f) for f in (False, True))
+    plain = dcgan.to_batch(images, torch.arange(200))
+    flipped = dcgan.to_batch(images, torch.arange(200), flip=True)
     mirrored = flipped[:, 0, 0, 0] != plain[:, 0, 0, 0]
-    assert 60 < mirrored.sum() < 140 and torch.equal(flipped[mirrored], plain[mirrored].flip(3))
+    assert 60 < mirrored.sum() < 140
+    assert torch.equal(flipped[mirrored], plain[mirrored].flip(3))
     torch.testing.assert_close(plain[0, 0, 0], torch.arange(4) / 127.5 - 1)
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device here"))])
-def test_one_step_in_bf16(device):
-    nets = [n.to(device, memory_format=torch.channels_last) for n in networks(64, width=16)]
-    before = [p.clone() for net in nets for p in net.parameters()]
-    batch = dcgan.to_batch(dcgan.toy_faces(8), torch.arange(8), device)
-    adam = optimizers(nets, 1e-3, 1e-3, kind=torch.optim.Adam, fused=True)
-    losses = dcgan.train_step(*nets, *adam, batch, bf16=True)
-    assert losses.device.type == device and losses.isfinite().all()
-    for p, q in zip([p for net in nets for p in net.parameters()], before):
-        assert p.dtype == torch.float32 and p.isfinite().all() and not torch.equal(p, q)
+
+def test_batch_is_where_the_pictures_are():
+    images = torch.empty(4, 3, 8, 8, dtype=torch.uint8, device="meta")
+    assert dcgan.to_batch(images, torch.arange(2, device="meta")).device.type == "meta"
+
+
+def test_every_epoch_shuffles_all_pictures_anew_and_can_start_anywhere():
+    steps = dict(dcgan.shuffled(10, 4, 0, 6, seed=3))
+    assert list(steps) == [1, 2, 3, 4, 5, 6]
+    assert all(len(index) == 4 for index in steps.values())
+    first, second = torch.cat([steps[1], steps[2]]), torch.cat([steps[3], steps[4]])
+    assert len(first.unique()) == 8
+    assert not torch.equal(first, second)
+    for step, index in dcgan.shuffled(10, 4, 3, 6, seed=3):
+        assert torch.equal(index, steps[step])
+
 
 def test_a_small_network_learns_toy_faces():
     real, (G, D) = dcgan.toy_faces(1024, 32), networks(width=16)
-    adam = optimizers((G, D), 1e-3, 1e-3, kind=torch.optim.Adam, betas=(0.5, 0.999))
-    latents = torch.randn(512, 100)
+    optimizers, latents = adam((G, D)), torch.randn(512, 100)
     before, _ = dcgan.compare(dcgan.sample(G.eval(), latents), real)
     for _ in range(120):
-        dcgan.train_step(G.train(), D, *adam, dcgan.to_batch(real, torch.randint(1024, (32,))))
+        batch = dcgan.to_batch(real, torch.randint(1024, (32,)))
+        dcgan.train_step(G.train(), D, *optimizers, batch)
     after, diversity = dcgan.compare(dcgan.sample(G.eval(), latents), real)
+    assert after < before / 2
+    assert diversity > 0.6
+
+
+def test_measures_know_the_real_from_the_collapsed():
+    real = dcgan.toy_faces(1024, 32)
     near, wide = dcgan.compare(real[:512], real[512:])
-    assert after < before / 2 and diversity > 0.6 and near < after and 0.9 < wide < 1.1
-    assert dcgan.compare(real[:1].expand(512, -1, -1, -1), real)[1] < 0.01      # all the same
+    far, _ = dcgan.compare(255 - real[:512], real[512:])
+    _, collapsed = dcgan.compare(real[:1].expand(512, -1, -1, -1), real)
+    assert near < far / 4
+    assert 0.9 < wide < 1.1
+    assert collapsed < 0.01
+
 
 # ---- Data ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("missing", ["nothing", "decode_jpeg"])     # without it, Pillow decodes
-def test_preparation_is_the_lectures(monkeypatch, missing):
-    monkeypatch.delattr(dcgan.io, missing, raising=False)
-    noise = torch.randint(0, 256, (3, 27, 22), dtype=torch.uint8)
-    data = jpeg(T.ToPILImage()(noise).resize((178, 218)))
-    lecture = T.Compose([T.CenterCrop(160), T.Resize(64), T.PILToTensor()])
-    got, expected = dcgan.decode(data), lecture(Image.open(BytesIO(data)))
-    assert got.dtype == torch.uint8 and (got.int() - expected.int()).abs().max() <= 3
-    wide = Image.new("RGB", (96, 32), "red")        # anything but CelebA: the largest square
-    wide.paste("blue", (32, 0, 64, 32))
-    assert (dcgan.decode(jpeg(wide), 32)[2, :, 2:-2] > 240).all()
 
-def test_odd_pictures(capsys):
-    red, turned = (Image.new("RGB", (40, 40), color) for color in ("red", "black"))
-    turned.paste("white", (0, 0, 40, 20))
-    turned.getexif()[0x0112] = 6                # to be turned clockwise
-    (folder := Path("odd/a/b")).mkdir(parents=True)
+
+@pytest.mark.parametrize("size, crop, expected_crop", [
+    ((178, 218), None, 160),
+    ((178, 218), 99, 99),
+    ((181, 96), None, 96),
+    ((75, 120), 200, 75),
+])
+def test_preparation_is_the_lectures_to_the_last_bit(size, crop, expected_crop):
+    noise = T.ToPILImage()(torch.randint(0, 256, (3, 97, 83), dtype=torch.uint8))
+    data = jpeg(noise.resize(size))
+    lecture = T.Compose([T.CenterCrop(expected_crop), T.Resize(64)])
+    assert dcgan.decode(data, 64, crop).tobytes() == lecture(Image.open(BytesIO(data))).tobytes()
+
+
+def write_odd_pictures(folder):
+    """Write good pictures, all red or mid-grey, and bad ones; return how many are good."""
+    folder.mkdir(parents=True)
+    red = Image.new("RGB", (40, 40), "red")
     grey16 = Image.fromarray(torch.full((40, 40), 32768).numpy().astype("uint16"))
-    for name, image in {"grey.png": Image.new("L", (40, 50), 128), "g.png": grey16, "g.tif": grey16,
-                        "alpha.png": Image.new("RGBA", (40, 40), (255, 0, 0, 9)),
-                        "palette.png": red.convert("P"), "cmyk.jpg": red.convert("CMYK"),
-                        "dot.bmp": red.resize((1, 1)), "LONG.JPG": red.resize((300, 20)),
-                        "turned.jpg": turned}.items():
-        image.save(folder / name, exif=image.getexif())
-        got = dcgan.decode((folder / name).read_bytes(), 32)
-        if name == "turned.jpg":
-            assert (got[:, :, 18:] > 200).all() and (got[:, :, :14] < 50).all()
-        elif name.startswith("g"):
-            assert (got == 128).all()
-        else:
-            assert (got[0] > 250).all() and (got[1:] < 6).all()
-    for bad in ("cut.jpg", "empty.png", ".hidden.png", "._grey.png", "notes.csv"):
-        (folder / bad).write_bytes(jpeg()[:500] if bad == "cut.jpg" else b"")
-    images, err = dcgan.load_images("odd", 32), capsys.readouterr().err
-    assert images.shape == (9, 3, 32, 32) and images.dtype == torch.uint8
-    assert err.count("skipped") == 2 and "cut.jpg" in err and "empty.png" in err
+    odd = {
+        "grey.png": Image.new("L", (40, 50), 128),
+        "grey16.png": grey16,
+        "grey16.tif": grey16,
+        "alpha.png": Image.new("RGBA", (40, 40), (255, 0, 0, 9)),
+        "palette.png": red.convert("P"),
+        "cmyk.jpg": red.convert("CMYK"),
+        "dot.bmp": red.resize((1, 1)),
+        "LONG.JPG": red.resize((300, 20)),
+    }
+    for name, image in odd.items():
+        image.save(folder / name)
+    (folder / "cut.jpg").write_bytes(jpeg()[:500])
+    for name in ("empty.png", ".hidden.png", "._grey.png", "notes.csv"):
+        (folder / name).write_bytes(b"")
+    return len(odd)
 
-@pytest.mark.parametrize("place, count", [
-    ("data/celeba/img_align_celeba", 10), ("data/celeba/x/img_align_celeba", 10), ("elsewhere", 9),
-    ("data/celeba/img_align_celeba.zip", 10), ("elsewhere/archive.zip", 10)])
-def test_celeba_as_it_is_found(monkeypatch, place, count):
+
+def test_odd_pictures_become_rgb_or_are_named(capsys):
+    good = write_odd_pictures(Path("odd/a/b"))
+    images, err = dcgan.load_images("odd", 32), capsys.readouterr().err
+    assert images.shape == (good, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    for image in images:
+        red = (image[0] > 250).all() and (image[1:] < 6).all()
+        assert red or (image == 128).all()
+    assert len(err.splitlines()) == 2
+    assert "skipped odd/a/b/cut.jpg: " in err
+    assert "skipped odd/a/b/empty.png: cannot identify image file\n" in err
+
+
+def test_turned_pictures_become_upright():
+    turned = Image.new("RGB", (40, 40), "black")
+    turned.paste("white", (0, 0, 40, 20))
+    turned.getexif()[0x0112] = 6        # to be turned clockwise
+    data = BytesIO()
+    turned.save(data, "JPEG", exif=turned.getexif())
+    upright = T.PILToTensor()(dcgan.decode(data.getvalue(), 32))
+    assert (upright[:, :, 18:] > 200).all()
+    assert (upright[:, :, :14] < 50).all()
+
+
+@pytest.mark.parametrize("place, count, taken", [
+    ("data/celeba/img_align_celeba", 10, 6),
+    ("data/celeba/x/img_align_celeba", 10, 6),
+    ("data/celeba/img_align_celeba.zip", 10, 6),
+    ("elsewhere", 10, 6),
+    ("elsewhere", 9, 9),                # an incomplete one means all of it
+    ("elsewhere/archive.zip", 10, 6),
+])
+def test_celeba_is_found_and_its_training_part_taken(monkeypatch, place, count, taken):
     monkeypatch.setattr(dcgan, "CELEBA_PICTURES", 10)
     monkeypatch.setattr(dcgan, "CELEBA_TRAIN", 6)
-    folder = Path("unpacked/img_align_celeba" if "zip" in place else place)
+    archived = place.endswith(".zip")
+    folder = Path("unpacked/img_align_celeba" if archived else place)
     (folder / "__MACOSX").mkdir(parents=True)
     for i in range(1, count + 1):
-        (folder / f"{i:06d}.jpg").write_bytes(jpeg(color=(20 * i, 0, 0)))
-        (folder / "__MACOSX" / f"._{i:06d}.jpg").write_bytes(b"")
-    if "zip" in place:
-        shutil.make_archive(place[:-4], "zip", "unpacked")
-    images = dcgan.load_images(place if "elsewhere" in place else "data/celeba")
-    assert len(images) == (6 if count == 10 else count)         # an incomplete one means all of it
+        (folder / f"{i:02d}.jpg").write_bytes(jpeg(color=(20 * i, 0, 0)))
+        (folder / "__MACOSX" / f"._{i:02d}.jpg").write_bytes(b"")
+    if archived:
+        shutil.make_archive(place.removesuffix(".zip"), "zip", "unpacked")
+    images = dcgan.load_images("data/celeba" if place.startswith("data") else place)
+    assert len(images) == taken
     assert images[5, 0].float().mean().item() == pytest.approx(120, abs=3)
 
-def test_cache_is_used_and_thrown_away(capsys):
-    folder, cache = Path("faces"), Path("faces.dcgan.pt")
-    def load(*args, **files):       # after some files were written
-        for name, color in files.items():
-            (folder / f"{name}.jpg").write_bytes(jpeg(color=color))
-        dcgan.load_images(folder, *args)
-        return "".join(capsys.readouterr())
-    folder.mkdir()
-    assert "decoded 3 of 3" in load(32, a="red", b="lime", c="blue") and load(32) == ""
-    assert "decoded 3" in load(64) and "decoded 3" in load(64, 100)             # size, crop
-    assert "decoded 3" in load(64, 100, a="lime") and "decoded 4" in load(64, 100, d="red")
-    cache.write_bytes(cache.read_bytes()[:1000])
-    assert "decoded 4" in load(64, 100) and load(64, 100) == ""                 # damaged
-    cache.unlink()
-    cache.mkdir()
-    assert "no cache" in load(64, 100) and "decoded 4" in load(64, 100)         # unwritable
-    assert {path.name for path in Path().iterdir()} == {"faces", "faces.dcgan.pt"}
 
-@pytest.mark.parametrize("kind, told", [("offline", "unreachable"), ("html", "web page"), ("", ""),
-                                        ("cut", "cut off"), ("md5", "MD5"), ("no gdown", "gdown")])
-def test_download(kind, told, monkeypatch, capsys):
-    with dcgan.ZipFile(data := BytesIO(), "w") as archive:
-        archive.writestr("000001.jpg", jpeg())
-    sent = {"html": b"<!DOCTYPE html>", "cut": jpeg()}.get(kind, data.getvalue())
-    class gdown:
-        def download(output, **options):
-            if kind == "offline":
-                raise ConnectionError("Network is unreachable")
-            Path(output).write_bytes(sent)
-    monkeypatch.setitem(sys.modules, "gdown", None if kind == "no gdown" else gdown)
+def test_each_real_folder_is_visited_once(pictures):
+    folder = shutil.copytree(pictures, "a/faces")
+    for link in ("a/self", "a/faces/up", "a/faces/again"):
+        os.symlink(Path("a").resolve(), link)
+    os.symlink(Path(folder).resolve(), "linked")
+    assert len(dcgan.load_images("a", 32)) == 40
+    assert len(dcgan.load_images("linked", 32)) == 40
+
+
+class Cache:
+    """A folder of three pictures, and what loading it prints."""
+
+    def __init__(self, capsys):
+        self.capsys, self.file = capsys, Path("faces.dcgan")
+        Path("faces").mkdir()
+        self.write(a="red", b="lime", c="blue")
+
+    def write(self, **colors):
+        for name, color in colors.items():
+            Path(f"faces/{name}.jpg").write_bytes(jpeg(color=color))
+
+    def is_used(self, *args, count=3):
+        """Load; whether the pictures came from the cache: then no picture is decoded."""
+        decode, calls = dcgan.decode, []
+        dcgan.decode = lambda *args: calls.append(args) or decode(*args)
+        try:
+            assert len(dcgan.load_images("faces", *args)) == count
+        finally:
+            dcgan.decode = decode
+        return not calls
+
+
+@pytest.fixture
+def cache(capsys):
+    return Cache(capsys)
+
+
+def test_cache_is_used_while_nothing_changes(cache):
+    assert not cache.is_used(32)
+    assert cache.is_used(32)
+    assert cache.file.stat().st_size == 3 * 32 * 32 * 3 + 32
+    assert {path.name for path in Path().iterdir()} == {"faces", "faces.dcgan"}
+
+
+def test_cache_of_other_settings_or_pictures_is_thrown_away(cache):
+    assert not cache.is_used(32)
+    assert not cache.is_used(64)
+    assert not cache.is_used(64, 100)
+    assert cache.is_used(64, 100)
+    cache.write(a="yellow")
+    assert not cache.is_used(64, 100)
+    cache.write(d="red")
+    assert not cache.is_used(64, 100, count=4)
+    assert cache.is_used(64, 100, count=4)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:1000],
+    lambda content: content[:-32],
+    lambda content: content[:-32] + b"x" * 32,
+    lambda content: b"",
+    lambda content: b"something else",
+])
+def test_damaged_cache_is_thrown_away(cache, damage):
+    assert not cache.is_used(32)
+    cache.file.write_bytes(damage(cache.file.read_bytes()))
+    assert not cache.is_used(32)
+    assert cache.is_used(32)
+
+
+def test_cache_sees_through_symbolic_links(cache):
+    shutil.move("faces/a.jpg", "one.jpg")
+    os.symlink("../one.jpg", "faces/a.jpg")
+    assert not cache.is_used(32)
+    assert cache.is_used(32)
+    Path("one.jpg").write_bytes(jpeg(color="yellow"))
+    assert not cache.is_used(32)
+
+
+def test_cache_goes_to_the_temporary_folder_where_nothing_can_be_written(cache, monkeypatch):
+    monkeypatch.setattr(dcgan.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(dcgan.tempfile, "gettempdir", lambda: "elsewhere")
+    Path("elsewhere").mkdir()
+    assert not cache.is_used(32)
+    assert "elsewhere/faces.dcgan" in cache.capsys.readouterr().out
+    assert cache.is_used(32)
+    assert not cache.file.exists()
+
+
+def test_full_disk_is_told_with_the_bytes_needed(cache, monkeypatch, capsys):
+    monkeypatch.setattr(dcgan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    assert f"{3 * 32 * 32 * 3:,} bytes" in error_of(capsys, "--data", "faces", *SMALL)
+    assert {path.name for path in Path().iterdir()} == {"faces"}
+
+
+def test_writing_that_fails_leaves_the_old_file_and_nothing_else():
+    path = Path("file")
+    path.write_text("old")
+    with pytest.raises(dcgan.UserError, match="disk full"):
+        with dcgan.atomic_write(path.resolve()) as partial:
+            partial.write_text("half")
+            raise OSError("disk full")
+    assert path.read_text() == "old"
+    assert os.listdir() == ["file"]
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_has():
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = dcgan.platform.node()
+    for pid in (dead.pid, os.getppid()):
+        Path(f".dcgan-{pid}-x@{host}").mkdir()
+    with dcgan.atomic_write(Path("file").resolve()) as partial:
+        partial.write_text("new")
+    assert sorted(os.listdir()) == [f".dcgan-{os.getppid()}-x@{host}", "file"]
+
+
+class Archives(http.server.BaseHTTPRequestHandler):
+    """A server of one archive: the path says what is wrong with the answer."""
+    right = None
+
+    def do_GET(self):
+        if self.path == "/silent":
+            time.sleep(3)
+            return
+        body = {"/page": b"<!DOCTYPE html>", "/wrong": jpeg()}.get(self.path, self.right)
+        self.send_response(404 if self.path == "/missing" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:len(body) // 2] if self.path == "/half" else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Its address; what it has is taken for CelebA, and its silence is noticed in half a second."""
+    data = BytesIO()
+    with dcgan.ZipFile(data, "w") as archive:
+        archive.writestr("img_align_celeba/000001.jpg", jpeg())
+    Archives.right = data.getvalue()
+    monkeypatch.setattr(dcgan, "CELEBA_BYTES", len(Archives.right))
+    monkeypatch.setattr(dcgan, "CELEBA_MD5", dcgan.hashlib.md5(Archives.right).hexdigest())
+    monkeypatch.setattr(dcgan, "SILENCE", 0.5)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Archives) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_celebas_sources():
     assert dcgan.CELEBA_MD5 == "00d2c5bc6d35e252742224ab0c1e8fcb"
-    if not kind:
-        monkeypatch.setattr(dcgan, "CELEBA_MD5", None)
-        assert dcgan.load_images("data/celeba").shape == (1, 3, 64, 64)
-        return
-    line = fails(capsys, *SMALL)
-    assert told in line and "zip into data/celeba" in line and "--data toy or --data FOLDER" in line
-    assert list(Path("data/celeba").iterdir()) == []
-    (archive := Path("data/celeba/img_align_celeba.zip")).write_text(" <html>")
-    assert "web page" in fails(capsys, *SMALL) and archive.exists()     # the user's own is kept
+    assert dcgan.CELEBA_ZIP == "img_align_celeba.zip"
+    drive, *others = dcgan.CELEBA_URLS
+    assert drive.startswith("https://drive.google.com/")
+    assert len(others) == 2
+    assert all(url.endswith("/img_align_celeba.zip") for url in others)
+
+
+BAD_SOURCES = ["missing", "page", "wrong", "half", "silent"]
+
+
+def test_download_goes_on_to_the_source_that_has_it(server, monkeypatch, capsys):
+    urls = [f"{server}/{kind}" for kind in (*BAD_SOURCES, "right", "never asked")]
+    monkeypatch.setattr(dcgan, "CELEBA_URLS", urls)
+    assert dcgan.load_images("data/celeba").shape == (1, 3, 64, 64)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no CelebA")]
+    assert len(lines) == len(BAD_SOURCES)
+    for line, url in zip(lines, urls):
+        assert line.startswith(f"no CelebA from {url}: ")
+    assert set(os.listdir("data/celeba")) == {dcgan.CELEBA_ZIP, f"{dcgan.CELEBA_ZIP}.dcgan"}
+    assert socket.getdefaulttimeout() is None
+
+
+def test_download_that_fails_everywhere_says_why_and_what_to_do(server, monkeypatch, capsys):
+    monkeypatch.setattr(dcgan, "CELEBA_URLS", [f"{server}/missing", f"{server}/page"])
+    with pytest.raises(dcgan.UserError) as error:
+        dcgan.load_images("data/celeba")
+    for words in ("404", "MD5", "zip into data/celeba", "--data toy or --data FOLDER"):
+        assert words in str(error.value)
+    assert os.listdir("data/celeba") == []
+
+
+@pytest.mark.parametrize("gdown", [None, "offline"])
+def test_google_drive_that_fails(gdown, server, monkeypatch, capsys):
+    class Offline:
+        def download(url, output, timeout):
+            assert timeout == dcgan.SILENCE
+            raise ConnectionError("Network is unreachable")
+    monkeypatch.setitem(sys.modules, "gdown", Offline if gdown else None)
+    monkeypatch.setattr(dcgan, "CELEBA_URLS", (dcgan.CELEBA_URLS[0], f"{server}/right"))
+    assert len(dcgan.load_images("data/celeba")) == 1
+    assert ("unreachable" if gdown else "gdown") in capsys.readouterr().err
+
+
+def test_an_archive_of_the_users_own_is_kept(capsys):
+    archive = Path("data/celeba/img_align_celeba.zip")
+    archive.parent.mkdir(parents=True)
+    archive.write_text(" <html>")
+    assert "web page" in error_of(capsys, *SMALL)
+    assert archive.read_text() == " <html>"
+
+
+def test_no_room_is_said_before_anything_is_fetched(monkeypatch, capsys):
+    monkeypatch.setattr(dcgan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+    assert "1,443,490,838 bytes" in error_of(capsys, *SMALL)
+
 
 # ---- The run -------------------------------------------------------------------------------------
-def same(a, b):
-    if isinstance(a, (dict, list, tuple)):
-        a, b = (sorted(x.items()) if isinstance(x, dict) else x for x in (a, b))
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-def contents(out):
-    return {str(file.relative_to(out)): file.read_bytes() if file.suffix != ".pt" else torch.load(
-        file, weights_only=True) for file in Path(out).rglob("*.*")}
 
-def test_what_a_run_leaves(finished, pictures, capsys):
-    assert "--resume" in fails(capsys, "--data", pictures, "--out", finished, *SMALL)
-    assert "--width 8" in fails(capsys, "--resume", "--out", finished, "--width", 4, *SMALL[-2:])
-    files, more = contents(finished), {f"samples/epoch_00{i}.png" for i in (2, 3)}
-    assert files.keys() == FILES | more | {"checkpoint.pt"}
-    dcgan.main(["--data", pictures, "--dry-run", *SMALL])
+def run(*argv):
+    dcgan.main([str(word) for word in argv])
+
+
+def do_at_step(monkeypatch, number, action):
+    """Call `action` in the middle of a run, before the step of that number, counted from 1."""
+    step, calls = dcgan.train_step, []
+
+    def train_step(*args, **options):
+        calls.append(None)
+        if len(calls) == number:
+            action()
+        return step(*args, **options)
+
+    monkeypatch.setattr(dcgan, "train_step", train_step)
+
+
+def stop_at_step_7(monkeypatch, pictures, signum=signal.SIGINT, out="out"):
+    """A run of two epochs, interrupted in its second; the exit status."""
+    with monkeypatch.context() as patch:
+        do_at_step(patch, 7, lambda: signal.raise_signal(signum))
+        with pytest.raises(SystemExit) as stop:
+            run("--data", pictures, "--epochs", 2, "--out", out, *SMALL)
+    return stop.value.code
+
+
+def test_files_of_a_run(finished, pictures):
+    assert contents(finished).keys() == FILES | GRIDS | {"checkpoint.pt"}
+    run("--data", pictures, "--dry-run", *SMALL)
     assert contents("out").keys() == FILES
-    rows = [line.split(",") for line in files["log.csv"].decode().splitlines()]
-    history = files["checkpoint.pt"]["history"]
-    assert [row[1] for row in rows[1:]] == "2 4 5 6 8 10 12 14 15".split()
-    assert [row[1] for row in rows[1:] if all(row)] == ["5", "10", "15"]
-    assert [float(x) for x in rows[-1][2:6]] == pytest.approx(history[14].tolist(), abs=1e-4)
-    assert history.shape == (15, 4) and Image.open(finished / "samples.gif").n_frames == 3
-    red, _, blue = T.PILToTensor()(Image.open(finished / "losses.png")).int()
-    assert (blue - red > 60).sum() > 100 and (red - blue > 60).sum() > 100      # both curves
+    assert Image.open(finished / "samples.gif").n_frames == 3
 
-@pytest.mark.parametrize("number, status", [(2, 130), (15, 143), (9, -9)])     # 9: SIGKILL
-def test_interrupt_and_resume(number, status, finished, pictures):
-    code = ("import dcgan, os, sys; step, calls = dcgan.train_step, []; dcgan.train_step = lambda "
-            "*a, **k: calls.append(1) or (len(calls) == 7 and os.kill(os.getpid(), int(n))) or "
-            "step(*a, **k); n = sys.argv.pop(); dcgan.main(sys.argv[1:])")
-    argv = ["--data", pictures, "--epochs", "2", *SMALL, str(number)]
-    assert subprocess.run([sys.executable, "-c", code, *argv]).returncode == status
-    assert torch.load("out/checkpoint.pt")["step"] == (5 if number == 9 else 7)     # epoch 2's 2nd
-    dcgan.main(["--resume", "--epochs", "3", "--device", "cpu"])
+
+def test_log_has_a_row_per_interval_and_the_measures_per_epoch(finished):
+    with open(finished / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == "2 4 5 6 8 10 12 14 15".split()
+    assert [row["step"] for row in rows if row["swd"]] == ["5", "10", "15"]
+    assert [row["epoch"] for row in rows] == list("111222333")
+    history = checkpoint(finished)["history"]
+    assert history.shape == (15, 4)
+    losses = [float(rows[-1][name]) for name in ("loss_d", "loss_g", "D(x)", "D(G(z))")]
+    assert losses == pytest.approx(history[14].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 100, 3000])
+def test_loss_plot_shows_both_curves_and_their_range(steps):
+    losses = torch.tensor([0.5, 2.0]) + 0.3 * torch.rand(steps, 2)
+    dcgan.plot_losses(losses, 10, Path("losses.png"))
+    red, _, blue = T.PILToTensor()(Image.open("losses.png")).int()[:, 60:420]
+    for strong, weak in ((blue, red), (red, blue)):
+        assert (strong - weak > 60).any(dim=0).sum() > 600          # from left to right
+    lightly = (red - blue > 20) & (red - blue < 60)
+    assert (lightly.sum() > 5000) == (steps == 3000)
+
+
+def test_a_folder_with_a_run_is_not_trained_over(finished, pictures, capsys):
+    before = contents(finished)
+    assert "--resume" in error_of(capsys, "--data", pictures, "--out", finished, *SMALL)
+    assert "--width 8" in error_of(capsys, "--resume", "--out", finished, "--width", 4, *SMALL[-2:])
+    assert same(contents(finished), before)
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_and_resume(signum, status, finished, pictures, monkeypatch):
+    assert stop_at_step_7(monkeypatch, pictures, signum) == status
+    assert checkpoint("out")["step"] == 7
+    run("--resume", "--epochs", 3, "--device", "cpu")
     assert same(contents("out"), contents(finished))        # bit for bit
 
-def test_two_processes_share_a_run(finished, pictures, monkeypatch, capfd):
-    Path("spy.py").write_text(
-        "import dcgan, os, torch; step, seen = dcgan.train_step, []\n"
-        "dcgan.train_step = lambda G, D, *a, **k: (step(G, D, *a, **k), seen.append([a[2],"
-        "D[0].weight.grad.clone(), *map(torch.clone, G.parameters())]))[0]\n"
-        "dcgan.main(); torch.save(seen, os.environ.get('RANK', 'x'))")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for out, launcher in (("one", []), ("two", torchrun)):
-        argv = ["spy.py", "--data", pictures, "--epochs", "2", "--out", out, *SMALL]
-        subprocess.run([sys.executable, *launcher, *argv], check=True)
-    assert capfd.readouterr().out.count("epoch 2 step 10 ") == 2        # rank 1 is silent
-    one, *two = map(torch.load, "x01")
-    assert one[0][1].norm() / two[0][0][1].norm() == pytest.approx(1, abs=0.3)      # the mean
-    for (batch, *_), (a, *state_a), (b, *state_b) in zip(one, *two, strict=True):
-        assert same(torch.stack([a, b], 1).flatten(0, 1), batch) and same(state_a, state_b)
-    dcgan.main(["--resume", "--epochs", "3", "--out", "two", "--device", "cpu"])
-    assert contents("two").keys() == contents(finished).keys()
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 processes" in fails(capfd, "--data", pictures, *SMALL)
 
-def test_ema_follows_the_generator_and_is_it_when_off(finished, pictures):
-    dcgan.main(["--data", pictures, "--epochs", "3", "--ema", "0", *SMALL])
-    off, on = (contents(out)["checkpoint.pt"] for out in ("out", finished))
-    assert same(off["generator"], on["generator"])
-    assert all(torch.equal(off["ema"][f"module.{k}"], v) for k, v in off["generator"].items())
-    first, last = networks(seed=42)[0][1].weight, on["generator"]["1.weight"]
-    assert 0 < (on["ema"]["module.1.weight"] - last).norm() < 0.7 * (first - last).norm()
+def test_kill_and_resume(finished, pictures):
+    code = """if True:
+        import dcgan, os, sys
+        step, calls = dcgan.train_step, []
+        def train_step(*args, **options):
+            calls.append(None)
+            return os.kill(os.getpid(), 9) if len(calls) == 7 else step(*args, **options)
+        dcgan.train_step = train_step
+        dcgan.main(sys.argv[1:])"""
+    argv = [sys.executable, "-c", code, "--data", pictures, "--epochs", "2", *SMALL]
+    assert subprocess.run(argv).returncode == -9
+    assert checkpoint("out")["step"] == 5
+    run("--resume", "--epochs", 3, "--device", "cpu")
+    assert same(contents("out"), contents(finished))
 
-def test_generate(finished):
-    def generate(*argv):
-        dcgan.main(["--out", ".", "--device", "cpu", "--generate", *argv])
-        return contents("generated")
-    Path("checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
-    first = generate("70")
-    assert len(first) == 70 and Image.open("generated/000070.png").size == (32, 32)
-    assert generate("70") == first and len(generate("5")) == 5 and Path("generated.png").exists()
-    assert generate("70", "--seed", "7") != first
+
+def test_second_interrupt_ends_at_once_and_handlers_are_put_back(pictures, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    do_at_step(monkeypatch, 7, twice)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", pictures, "--epochs", 2, *SMALL)
+    assert stop.value.code == 130
+    assert checkpoint("out")["step"] == 5
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == former
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_while_decoding_leaves_nothing(signum, status, cache, monkeypatch):
+    monkeypatch.setattr(dcgan, "decode", lambda *args: os.kill(os.getpid(), signum))
+    with pytest.raises(SystemExit) as stop:
+        run("--data", "faces", *SMALL)
+    assert stop.value.code == status
+    assert os.listdir() == ["faces"]
+
+
+def test_training_outside_the_main_thread(pictures):
+    argv = ["--data", pictures, "--dry-run", *SMALL]
+    thread = threading.Thread(target=dcgan.main, args=(argv,))
+    thread.start()
+    thread.join()
+    assert Path("out/samples.gif").exists()
+
+
+def test_resume_with_the_pictures_moved(finished, pictures, monkeypatch, capsys):
+    assert stop_at_step_7(monkeypatch, pictures) == 130
+    shutil.copytree(pictures, "moved")
+    run("--resume", "--epochs", 3, "--data", "moved", "--device", "cpu")
+    assert "warning" not in capsys.readouterr().out
+    assert same(checkpoint("out")["G"], checkpoint(finished)["G"])
+
+
+def test_resume_with_other_pictures_warns_and_with_fewer_is_refused(pictures, monkeypatch, capsys):
+    folder = shutil.copytree(pictures, "faces")
+    assert stop_at_step_7(monkeypatch, folder) == 130
+    shutil.copy("faces/001.png", "faces/000.png")
+    run("--resume", "--device", "cpu")
+    assert "warning: these are not the pictures" in capsys.readouterr().out
+    os.remove("faces/000.png")
+    line = error_of(capsys, "--resume", "--device", "cpu")
+    assert "39 readable pictures, 40 are needed" in line
+
+
+def test_resume_on_another_kind_of_device(pictures, monkeypatch, capsys):
+    assert stop_at_step_7(monkeypatch, pictures) == 130
+    content = checkpoint("out")
+    content["rng"] = torch.zeros(16, dtype=torch.uint8)         # as long as a GPU's
+    torch.save(content, "out/checkpoint.pt")
+    run("--resume", "--device", "cpu")
+    assert "another kind of device" in capsys.readouterr().out
+    assert checkpoint("out")["step"] == 10
+
+
+def test_checkpoint_alone_in_a_new_folder_is_resumed(finished, pictures, monkeypatch):
+    stop_at_step_7(monkeypatch, pictures)
+    for out, source in (("unfinished", "out"), ("finished", finished)):
+        Path(out).mkdir()
+        shutil.copy(Path(source, "checkpoint.pt"), out)
+        run("--resume", "--out", out, "--device", "cpu")
+    assert Image.open("unfinished/samples.gif").n_frames == 1
+    assert not Path("finished/samples.gif").exists()
+
+
+def test_animation_has_the_runs_own_epochs_in_order():
+    Path("samples").mkdir()
+    for epoch in (2, 1000, 1001, 101, 999):
+        Image.new("L", (8, 8), epoch % 256).save(f"samples/epoch_{epoch:03d}.png")
+    dcgan.animate(Path("samples"), 1000, "samples.gif")         # 1001 is another run's
+    with Image.open("samples.gif") as film:
+        shades = []
+        for i in range(film.n_frames):
+            film.seek(i)
+            shades.append(film.convert("L").getpixel((0, 0)))
+    assert shades == [epoch % 256 for epoch in (2, 101, 999, 1000)]
+
+
+def test_full_disk_at_a_checkpoint_keeps_the_last_one(pictures, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def full_the_second_time(content, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full_the_second_time)
+    line = error_of(capsys, "--data", pictures, "--epochs", 2, *SMALL)
+    assert "out/checkpoint.pt cannot be written" in line
+    assert checkpoint("out")["step"] == 5
+    assert not list(Path("out").glob(".dcgan-*"))
+
+
+def test_average_follows_the_generator_and_is_it_when_off(finished, pictures):
+    run("--data", pictures, "--epochs", 3, "--ema", 0, *SMALL)
+    off, on = checkpoint("out"), checkpoint(finished)
+    assert same(off["G"], on["G"])
+    assert same(off["ema"], off["G"])
+    first, last = networks(seed=42)[0][1][0].weight, on["G"]["1.0.weight"]
+    assert 0 < (on["ema"]["1.0.weight"] - last).norm() < 0.7 * (first - last).norm()
+
+
+def test_average_loads_into_a_plain_generator(finished):
+    G = dcgan.Generator(image_size=32, width=8)
+    G.load_state_dict(checkpoint(finished)["ema"])
+
+
+def generate(*argv):
+    run("--out", ".", "--device", "cpu", "--generate", *argv)
+    return contents("generated")
+
+
+def test_generate(finished, capsys):
+    shutil.copy(finished / "checkpoint.pt", ".")
+    first = generate(70)
+    assert len(first) == 70
+    assert Image.open("generated/000070.png").size == (32, 32)
+    assert generate(70) == first
+    assert generate(70, "--seed", 7) != first
+    assert Image.open("generated.png").size == (8 * 34 + 2, 8 * 34 + 2)
+
+
+def test_generate_replaces_its_own_pictures_and_nobody_elses(finished, monkeypatch):
+    shutil.copy(finished / "checkpoint.pt", ".")
+    generate(7)
+    Path("generated/mine.png").write_text("precious")
+    assert len(generate(5)) == 6
+    monkeypatch.setenv("RANK", "1")
+    assert len(generate(9)) == 6        # of several processes, only the first one writes
+
 
 @pytest.mark.parametrize("diversity, loss_d, told", [
-    (0.1, 0.5, "collapses"), (0.9, 0.01, "has won"), (0.9, 0.5, None)])
-def test_warnings(pictures, monkeypatch, capsys, diversity, loss_d, told):
-    monkeypatch.setattr(dcgan, "compare", lambda *args: torch.tensor([100, diversity]))
-    monkeypatch.setattr(dcgan, "train_step", lambda *a, **k: torch.tensor([loss_d, 1, 0.5, 0.5]))
-    dcgan.main(["--data", pictures, *SMALL, "--epochs", "8", "--batch-size", "1"])
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert bool(warnings) == bool(told) and all(told in w and "--lr-d" in w for w in warnings)
+    (0.1, 0.5, ["collapses"]),
+    (0.9, 0.01, ["has won"]),
+    (0.1, 0.01, ["collapses", "has won"]),
+    (0.9, 0.5, []),
+])
+def test_warnings(capsys, diversity, loss_d, told):
+    losses_d = torch.full((20,), 0.01)
+    losses_d[7] = loss_d
+    dcgan.warn(301, diversity, losses_d)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(told)
+    for line, words in zip(lines, told):
+        assert line.startswith("warning: ")
+        assert words in line
+        assert "--lr-d" in line
+    dcgan.warn(300, 0.1, torch.ones(20))        # too early to tell
+    assert capsys.readouterr().out == ""
 
-def test_a_loss_that_is_not_finite(pictures, monkeypatch, capsys):
+
+def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
+    monkeypatch.setattr(dcgan, "compare", lambda *args: (100, 0.1))
+    monkeypatch.setattr(dcgan, "train_step", lambda *a, **k: torch.tensor([0.01, 1, 0.5, 0.5]))
+    run("--data", pictures, *SMALL, "--epochs", 8, "--batch-size", 1)
+    out = capsys.readouterr().out
+    assert out.count("has won") == 8
+    assert out.count("collapses") == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(pictures, monkeypatch,
+                                                                        capsys):
     step, calls = dcgan.train_step, []
-    monkeypatch.setattr(dcgan, "train_step", lambda *args, **options: calls.append(1) or step(
-        *args, **options) * (float("nan") if len(calls) == 7 else 1))
-    assert "not finite" in fails(capsys, "--data", pictures, "--epochs", 3, *SMALL)
-    assert torch.load("out/checkpoint.pt")["step"] == 5
+
+    def broken(*args, **options):
+        calls.append(None)
+        return step(*args, **options) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(dcgan, "train_step", broken)
+    assert "not finite" in error_of(capsys, "--data", pictures, "--epochs", 3, *SMALL)
+    assert checkpoint("out")["step"] == 5
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+SPY = """
+import os, dcgan, torch
+step, seen = dcgan.train_step, []
+def train_step(G, D, *args, **options):
+    losses = step(G, D, *args, **options)
+    seen.append([args[2], D[0].weight.grad.clone(), *map(torch.clone, G.parameters())])
+    return losses
+dcgan.train_step = train_step
+dcgan.main()
+torch.save(seen, "seen" + os.environ.get("RANK", ""))
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_two_processes_share_a_run(finished, pictures, capfd):
+    Path("spy.py").write_text(SPY)
+    argv = ["spy.py", "--data", pictures, "--epochs", "2", *SMALL]
+    subprocess.run([sys.executable, *argv, "--out", "one"], check=True)
+    subprocess.run([*TORCHRUN, *argv, "--out", "two"], check=True)
+    assert capfd.readouterr().out.count("epoch 2 step 10 ") == 2        # rank 1 is silent
+
+    one, first, second = torch.load("seen"), torch.load("seen0"), torch.load("seen1")
+    mean_gradient = first[0][1]
+    assert one[0][1].norm() / mean_gradient.norm() == pytest.approx(1, abs=0.3)
+    for (batch, *_), (a, *state_a), (b, *state_b) in zip(one, first, second, strict=True):
+        assert torch.equal(torch.stack([a, b], 1).flatten(0, 1), batch)
+        assert same(state_a, state_b)
+    run("--resume", "--epochs", 3, "--out", "two", "--device", "cpu")
+    assert contents("two").keys() == contents(finished).keys()
+
+
+def test_an_error_in_torchrun_is_one_line(pictures):
+    argv = [dcgan.__file__, "--data", pictures, *SMALL, "--lr-d", "-1"]
+    ended = subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True)
+    assert ended.returncode != 0
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("dcgan.py: error: ")]
+    assert len(lines) == 1
+
+
+def test_processes_must_share_the_batch_evenly(pictures, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in error_of(capsys, "--data", pictures, *SMALL)
+
+
+def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "99")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    line = error_of(capsys, "--data", pictures, "--device", "cuda")
+    assert f"99 processes, but {torch.cuda.device_count()} GPUs" in line
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("argv, told", [
-    ("--device cuda:99", "cuda:99"), ("--generate 3 --out bad", "bad"), ("--image-size 65", "65"),
-    ("--device abacus", "abacus"), ("--data page.zip", "web page"), ("--flip-labels 1.5", "1.5"),
-    ("--data .", "0 readable"), ("--epochs 0", ": 0"), ("--nonsense", "--no"), ("--lr-d -1", "-1"),
-    ("--batch-size 0", ": 0"), ("--epochs x", "'x"), ("--ema nan", "nan"), ("--data bad", "bad"),
-    ("--data nowhere", "nowhere"), ("--resume", "no checkpoint"), ("--batch-size 41", "40 ")])
-def test_bad_input(argv, told, pictures, capsys):
+    ("--device cuda:99", "cuda:99"),
+    ("--device abacus", "abacus"),
+    ("--device meta", "meta"),
+    ("--device hpu", "hpu"),
+    ("--generate 3 --out bad", "bad"),
+    ("--resume", "no checkpoint"),
+    ("--image-size 65", "65"),
+    ("--batch-size 0", ": 0"),
+    ("--batch-size 41", "40 readable pictures, 41 are needed"),
+    ("--beta1 1", ": 1"),
+    ("--seed 18446744073709551616", "18446744073709551616"),
+    ("--ema nan", "nan"),
+    ("--epochs 0", ": 0"),
+    ("--epochs x", "'x'"),
+    ("--lr-d -1", "-1"),
+    ("--flip-labels 1.5", "1.5"),
+    ("--nonsense", "--no"),
+    ("--data page.zip", "web page"),
+    ("--data .", "0 readable"),
+    ("--data bad", "bad"),
+    ("--data nowhere", "nowhere"),
+])
+def test_bad_input_is_one_line(argv, told, pictures, capsys):
     Path("bad").mkdir()
     for file in ("bad/x.csv", "bad/checkpoint.pt", "page.zip"):
         Path(file).write_text("<html>")
-    line = fails(capsys, "--data", pictures, *SMALL, *argv.split())
-    assert told in line and not Path("out").exists()
+    assert told in error_of(capsys, "--data", pictures, *SMALL, *argv.split())
+    assert not Path("out").exists()
+
+
+def test_precision_is_named_with_a_reason(pictures, monkeypatch, capsys):
+    monkeypatch.setattr(dcgan, "native_bf16", lambda device: False)
+    run("--data", pictures, "--dry-run", *SMALL)
+    assert "cpu, fp32, for bf16 is not native here;" in capsys.readouterr().out
+    monkeypatch.setattr(dcgan, "native_bf16", lambda device: True)
+    run("--data", pictures, "--dry-run", *SMALL)
+    assert "cpu, bf16;" in capsys.readouterr().out
+
 
 def test_import_does_nothing(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dcgan.py", "--nonsense"])
     exec(Path(dcgan.__file__).read_text(), {"__name__": "dcgan"})
-    assert list(Path().iterdir()) == []
+    assert os.listdir() == []
