@@ -6,8 +6,8 @@
     python dcgan.py --generate 1000             pictures from the checkpoint in out/
 
 Read train_step first, it is the whole game. Then from top to bottom, in the order in which data
-flows: pictures, networks, the step, measures, the run, the command line. What only reality asks
-for (downloads, interrupts, full disks) stands in functions that a student may skip.
+flows: pictures, networks, the step, measures, the run, the command line, where main is. What only
+reality asks for, and a student may skip: list_pictures to find_pictures, signals to load_shared.
 
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et
 al. 2016, ganhacks; Liu et al. 2015, CelebA.
@@ -45,43 +45,20 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-# ---- Messages and files --------------------------------------------------------------------------
+# ---- Messages ------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something the user can mend: main prints it as one line and exits with status 2."""
 
-def env(name, default=0):
-    """A number that torchrun gives to each of its processes; `default` without torchrun."""
+def from_torchrun(name, default=0):
+    """RANK, WORLD_SIZE and such: what torchrun tells each of its processes; else `default`."""
     return int(os.environ.get(name, default))
 
 def report(text, file=None):
     """Print one line, above a progress bar if there is one; one process on each machine does."""
-    if env("LOCAL_RANK") == 0:
+    if from_torchrun("LOCAL_RANK") == 0:
         tqdm.write(" ".join(str(text).split()), file)
         sys.stdout.flush()
-
-@contextmanager
-def atomic_write(path, needed=0):
-    """Yield a path to write to; the file moves to `path` when the block has ended well, else goes.
-
-    UserError if fewer than `needed` bytes are free, or if writing fails."""
-    host = platform.node()
-    for folder in path.parent.glob(f".dcgan-*@{host}"):
-        try:
-            os.kill(int(folder.name.split("-")[1]), 0)      # does its process still run?
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:     # yes, and it is somebody else's
-            pass
-    try:
-        if shutil.disk_usage(path.parent).free < needed:
-            raise OSError("no room")
-        name = f".dcgan-{os.getpid()}-"
-        with tempfile.TemporaryDirectory(f"@{host}", name, path.parent) as folder:
-            yield Path(folder, path.name)
-            os.replace(Path(folder, path.name), path)
-    except (OSError, RuntimeError) as error:        # torch.save makes the second of the first
-        raise UserError(f"{path} cannot be written ({needed:,} bytes): {error}")
 
 # ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
 CELEBA_FOLDER = Path("data/celeba")
@@ -131,6 +108,30 @@ def list_pictures(source):
     names = [name for name in names if "/." not in f"/{name}"]
     return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
+@contextmanager
+def atomic_write(path, needed=0):
+    """Yield a path to write to; the file moves to `path` when the block has ended well, else goes.
+
+    UserError if fewer than `needed` bytes are free, or if writing fails."""
+    host = platform.node()
+    for folder in path.parent.glob(f".dcgan-*@{host}"):
+        try:
+            os.kill(int(folder.name.split("-")[1]), 0)      # does its process still run?
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:     # yes, and it is somebody else's
+            pass
+    try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError("no room")
+        name = f".dcgan-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(f"@{host}", name, path.parent) as folder:
+            yield Path(folder, path.name)
+            os.replace(Path(folder, path.name), path)
+    except (OSError, RuntimeError) as error:        # the latter is torch.save's
+        size = f" ({needed:,} bytes)" if needed else ""
+        raise UserError(f"{path}{size} cannot be written: {error}")
+
 def fetch(url, path):
     """Download CelebA's archive from one source; raises whatever the source does, or UserError."""
     if "drive.google.com" in url:
@@ -143,20 +144,20 @@ def fetch(url, path):
 
 def download_celeba(archive):
     """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them: all or nothing."""
-    reasons, former = [], socket.getdefaulttimeout()
+    reasons, usual_timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
-        with atomic_write(archive, CELEBA_BYTES) as partial:
+        with atomic_write(archive, CELEBA_BYTES) as unfinished:
             for url in CELEBA_URLS:
                 try:
-                    return fetch(url, partial)
+                    return fetch(url, unfinished)
                 except Exception as error:      # gdown, the network and the disk fail in many ways
                     reasons.append(f"{url}: {error}")
                     report(f"no CelebA from {reasons[-1]}", sys.stderr)
-                    partial.unlink(missing_ok=True)
+                    unfinished.unlink(missing_ok=True)
             raise UserError(f"CelebA's download failed ({'; '.join(reasons)}); {CELEBA_HELP}")
     finally:
-        socket.setdefaulttimeout(former)
+        socket.setdefaulttimeout(usual_timeout)
 
 def find_pictures(path):
     """Where --data has its pictures, a folder or a .zip, and their names; may download CelebA."""
@@ -182,8 +183,7 @@ def decode(data, image_size=64, crop=None):
     if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
         picture = picture.convert("I").point(lambda value: value / 256).convert("L")
     width, height = picture.size
-    if crop is None:
-        crop = CELEBA_CROP if picture.size == CELEBA_SIZE else width
+    crop = crop or (CELEBA_CROP if picture.size == CELEBA_SIZE else width)
     side = min(width, height, crop)
     left, top = [round((edge - side) / 2) for edge in picture.size]
     square = picture.crop((left, top, left + side, top + side)).convert("RGB")
@@ -193,7 +193,7 @@ def map_cache(cache, key, image_size=64):
     """The pictures in a cache file, mapped into memory; None if it is cut or of another key."""
     try:
         with open(cache, "rb") as file:
-            size = file.seek(-len(key), os.SEEK_END)
+            size = file.seek(-len(key), os.SEEK_END)        # of all before the key
             if file.read() != key:
                 return None
     except OSError:
@@ -202,21 +202,29 @@ def map_cache(cache, key, image_size=64):
     pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
     return pixels.unflatten(0, (-1, image_size, image_size, 3)).permute(0, 3, 1, 2)
 
+def stamp(path):
+    """What changes when a file does: its size and time of change; None for a dangling link."""
+    try:
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    except OSError:
+        return None
+
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
 
-    Its memory is a cache file beside the source: the RGB bytes of one picture after another, then
-    a key; so there may be more pictures than memory holds. UserError if none can be read."""
+    It is mapped from a cache file beside the source: the RGB bytes of one picture after another,
+    then a key. So there may be more than memory holds. UserError if no picture can be read."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     source, names = find_pictures(Path(path))
     archive = ZipFile(source) if source.is_file() else None
     files = [source] if archive else [source / name for name in names]
-    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-    key = hashlib.sha256(f"{image_size} {crop} {names} {stats}".encode()).digest()
+    stamps = [stamp(file) for file in files]
+    key = hashlib.sha256(f"{image_size} {crop} {names} {stamps}".encode()).digest()
     cache = Path(f"{os.path.abspath(source)}.dcgan")
     if not os.access(cache.parent, os.W_OK):
-        cache = Path(tempfile.gettempdir(), cache.name)
+        cache = Path(tempfile.gettempdir(), f"{key.hex()}.dcgan")
         report(f"beside {source} nothing can be written: the prepared pictures are in {cache}")
     images = map_cache(cache, key, image_size)
     if images is not None:
@@ -226,13 +234,13 @@ def load_images(path, image_size=64, crop=None):
         try:
             data = archive.read(name) if archive else (source / name).read_bytes()
             return decode(data, image_size, crop).tobytes()
-        except Exception as error:      # a broken picture may raise anything
+        except Exception as error:      # a broken picture may raise anything; returns None
             reason = str(error).partition(" <_io")[0]       # without an address in memory
             report(f"skipped {source / name}: {reason}", sys.stderr)
 
     chunks = range(0, len(names), 1000)         # so few pictures wait in memory
-    with atomic_write(cache, len(names) * image_size**2 * 3) as partial, ThreadPool() as pool:
-        with open(partial, "wb") as file:
+    with atomic_write(cache, len(names) * image_size**2 * 3) as unfinished, ThreadPool() as pool:
+        with open(unfinished, "wb") as file:
             for start in tqdm(chunks, "decoding", unit=" thousand pictures", disable=None):
                 file.writelines(filter(None, pool.map(prepare, names[start:start + 1000])))
             if file.tell() == 0:
@@ -244,13 +252,13 @@ def shuffled(count, batch_size, first, last, seed=42, device="cpu"):
     """Yield (step, indices of its batch) for the steps after `first`, up to `last`.
 
     Each epoch has an order of its own, which its number and the seed decide."""
-    batches = max(count // batch_size, 1)
-    for step in range(first, last):
-        epoch, i = divmod(step, batches)
-        if i == 0 or step == first:
+    batches = count // batch_size
+    for step in range(first + 1, last + 1):
+        epoch, i = divmod(step - 1, batches)
+        if i == 0 or step == first + 1:
             rng = torch.Generator().manual_seed(seed + epoch)
             order = torch.randperm(count, generator=rng).to(device)
-        yield step + 1, order[i * batch_size:(i + 1) * batch_size]
+        yield step, order[i * batch_size:(i + 1) * batch_size]
 
 def to_batch(images, index, device=None, flip=False, rng=None):
     """Rows `index` of a uint8 tensor -> float batch in [-1, 1]; `flip` mirrors half of them.
@@ -264,16 +272,17 @@ def to_batch(images, index, device=None, flip=False, rng=None):
 
 # ---- Networks (Radford et al. 2016, section 3); shapes are those at the defaults -----------------
 LATENT_DIM, LEAKY_SLOPE = 100, 0.2
+# for each image size, the channels of the smallest feature maps (4 x 4, 8 x 8, ...) in widths
 DEEP = {32: (4,), 64: (8, 4), 128: (8, 8, 4), 256: (8, 8, 8, 4)}
 
 def deep_widths(image_size, width):
-    """Channels of the smallest feature maps, from 4 x 4 on; ValueError for a size not in DEEP."""
+    """The channels that DEEP has for this size; ValueError if it has none."""
     if image_size not in DEEP:
         raise ValueError(f"image_size {image_size} is not one of {list(DEEP)}")
     return [factor * width for factor in DEEP[image_size]]
 
 def init_weights(module):
-    """Normal weights of deviation 0.02, batch norm's around 1 (Radford et al. 2016, section 4)."""
+    """Normal weights of deviation 0.02 (Radford et al. 2016, section 4), batch norm's around 1."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -337,9 +346,9 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     Returns loss_d, loss_g and the means of D(x) and D(G(z)) as a tensor of four, on the device."""
     n, device, bce = len(real), real.device, F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    swapped = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
-    real_labels = torch.where(swapped[0], 0.0, 1.0 - label_smoothing)       # one-sided
-    fake_labels = torch.where(swapped[1], 1.0 - label_smoothing, 0.0)
+    swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
+    real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)        # one-sided
+    fake_labels = torch.where(swap_fake, 1.0 - label_smoothing, 0.0)
 
     # Discriminator: maximise log D(x) + log(1 - D(G(z))); one batch each, for batch norm's sake
     with autocast:
@@ -378,7 +387,7 @@ def update_average(average, G, decay):
 
 @torch.no_grad()
 def sample(G, latents):
-    """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; G in eval mode."""
+    """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; G must be in eval mode."""
     return torch.cat([(G(z) * 127.5 + 127.5).round().byte().cpu() for z in latents.split(128)])
 
 def thumbnails(images):
@@ -407,17 +416,14 @@ def plot_losses(losses, epoch_steps, path):
         draw.line((60, y, 60 + width, y), "#ddd")
         draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
         draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
+    samples = max(4, len(losses) // width + 1) * width      # at least as many as steps
     for i, name, color in (0, "discriminator loss", "#1f5fa8"), (1, "generator loss", "#d2691e"):
         y = 410 - losses[None, None, :, i].clamp(max=highest) * height / highest
-        y = F.interpolate(y, max(4 * width, len(losses)), mode="linear")    # connects few steps
-        window = y.shape[2] // 100 * 2 + 1
-        mean = F.avg_pool1d(y, window, 1, window // 2, count_include_pad=False)
-        mean = F.adaptive_avg_pool1d(mean, width).flatten().tolist()
-        bottom = F.adaptive_max_pool1d(y, width).flatten().tolist()
-        top = F.adaptive_max_pool1d(-y, width).neg().flatten().tolist()
-        for x in range(width):
-            draw.line((60 + x, top[x], 60 + x, bottom[x]), f"{color}50")
-        draw.line(list(enumerate(mean, 60)), color, 3)
+        columns = F.interpolate(y, samples, mode="linear").view(width, -1)      # a row a pixel
+        for x, column in enumerate(columns, 60):
+            draw.line((x, column.min(), x, column.max()), f"{color}50")
+        mean = F.avg_pool1d(columns.mean(1)[None], 15, 1, 7, count_include_pad=False)[0]
+        draw.line(list(enumerate(mean.tolist(), 60)), color, 3)
         draw.text((60 + 200 * i, 30), name, color, font, "lm")
     image.save(path)
 
@@ -425,7 +431,8 @@ def animate(folder, epochs, path):
     """Make a GIF of the grids in `folder` that epochs 1 to `epochs` have left."""
     grids = [folder / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
     frames = map(Image.open, filter(Path.exists, grids))        # opened one at a time
-    for first in frames:
+    first = next(frames, None)
+    if first:
         first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -471,6 +478,7 @@ class Run:
         self.history = torch.empty(0, 4)        # a row of LOSSES a step
         self.unread = []                        # the latest of them, still on the device
 
+        # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
         self.latents = torch.randn(1024, LATENT_DIM, generator=fixed_rng).to(args.device)
         order = torch.randperm(len(images), generator=fixed_rng)
@@ -501,7 +509,7 @@ class Run:
             report("the checkpoint is from another kind of device: from here on the noise differs")
 
     def read_losses(self):
-        """Bring the losses into the history: here alone does the host wait for the device."""
+        """Bring the losses into the history: within an epoch, the host waits only here."""
         rows = torch.stack(self.unread).cpu()
         self.history, self.unread = torch.cat([self.history, rows]), []
         for values in (rows, *self.G.parameters(), *self.D.parameters()):
@@ -512,15 +520,15 @@ class Run:
 @contextmanager
 def signals(handler):
     """Let handler(number, frame) take Ctrl-C and SIGTERM in this block; only a main thread can."""
-    former = {}
+    usual = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            former[number] = signal.signal(number, handler)
+            usual[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, usual_handler in usual.items():
+            signal.signal(number, usual_handler)
 
 def fail(message, status=2):
     """End the program with one line on standard error."""
@@ -544,13 +552,18 @@ def stop_requests():
     with signals(remember):
         yield received
 
-def load_shared(args):
-    """The pictures of --data; with torchrun, one process on each machine prepares them."""
-    if env("LOCAL_RANK") > 0:       # waits here for the process that prepares
+def load_shared(args, checkpoint):
+    """The pictures of --data; with torchrun, one process on each machine prepares them.
+
+    UserError if they are fewer than a batch, or not as many as the checkpoint's run has."""
+    if from_torchrun("LOCAL_RANK") > 0:       # waits here for the process that prepares
         dist.init_process_group()
     images = load_images(args.data, args.image_size, args.crop)
-    if env("LOCAL_RANK") == 0 and env("WORLD_SIZE", 1) > 1:
+    if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:
         dist.init_process_group()
+    needed = checkpoint["pictures"] if checkpoint else args.batch_size
+    if len(images) < needed or checkpoint and len(images) > needed:
+        raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
     if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
         images = images.to(args.device)
     return images
@@ -591,15 +604,12 @@ def save_checkpoint(run, args):
 
 def start(args, checkpoint):
     """What a training begins with: its pictures, its Run and whether it computes in bf16."""
-    n, rank, ranks, out = args.batch_size, env("RANK"), env("WORLD_SIZE", 1), Path(args.out)
-    if n % ranks:
-        raise UserError(f"{ranks} processes cannot share --batch-size {n} evenly")
+    rank, ranks, out = from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1), Path(args.out)
+    if args.batch_size % ranks:
+        raise UserError(f"{ranks} processes cannot share --batch-size {args.batch_size} evenly")
     if not checkpoint and (out / "checkpoint.pt").exists():
         raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
-    images = load_shared(args)
-    needed = checkpoint["pictures"] if checkpoint else max(n, len(images))
-    if len(images) != needed:
-        raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
+    images = load_shared(args, checkpoint)
     run = Run(args, images)
     if checkpoint:
         run.load_state_dict(checkpoint)
@@ -613,17 +623,19 @@ def start(args, checkpoint):
         run.rng.manual_seed(args.seed + run.step + rank)        # noise of its own
     precision = args.precision
     if precision == "auto":
-        precision = "bf16" if native_bf16(args.device) else "fp32, for bf16 is not native here"
+        precision = "bf16" if native_bf16(args.device) else "fp32 (bf16 is not native here)"
     sizes = " + ".join(f"{sum(map(torch.numel, net.parameters())):,}" for net in (run.G, run.D))
-    report(f"{args.data}: {needed:,} pictures; {args.device}, {precision}; {sizes} parameters")
+    report(f"{args.data}: {len(images):,} pictures; {args.device}, {precision}; "
+           f"{sizes} parameters")
     torch.backends.cudnn.benchmark = True       # tries the convolution algorithms once
     return images, run, precision == "bf16"
 
 def train(args, checkpoint=None):
     """Train as the flags say, from a checkpoint if given, into args.out; in torchrun, as a rank."""
     images, run, bf16 = start(args, checkpoint)
-    out, rank, ranks, n = Path(args.out), env("RANK"), env("WORLD_SIZE", 1), args.batch_size
-    steps = shuffled(len(images), n, run.step, run.last_step, args.seed, images.device)
+    rank, ranks, out = from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1), Path(args.out)
+    steps = shuffled(len(images), args.batch_size, run.step, run.last_step, args.seed,
+                     images.device)
     bar = tqdm(total=run.last_step, initial=run.step, disable=rank > 0 or None)
     tricks = {"fresh_noise": args.fresh_noise, "label_smoothing": args.label_smoothing,
               "flip_labels": args.flip_labels}
@@ -680,11 +692,11 @@ def between(kind, low, high=float("inf")):
 
 def existing_device(name):
     """An argparse type: the device of that name; in torchrun, "cuda" is a GPU for each process."""
-    processes, gpus = env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    processes, gpus = from_torchrun("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if name == "cuda" and processes > 1:
         if processes > gpus:
             raise argparse.ArgumentTypeError(f"{processes} processes, but {gpus} GPUs")
-        name = f"cuda:{env('LOCAL_RANK')}"
+        name = f"cuda:{from_torchrun('LOCAL_RANK')}"
     try:
         torch.zeros(1, device=name).item()
     except Exception:       # each kind of device has errors of its own
@@ -694,9 +706,9 @@ def existing_device(name):
 def parse_args(argv=None, settings=None):
     """The command line as a namespace; `settings` are a checkpoint's, instead of the defaults."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail
+    parser.error = fail     # one line instead of the usage
 
-    def flag(name, kind, default, text, **options):
+    def flag(name, kind, default, text, **options):        # in the latest group
         group.add_argument(name, type=kind, default=default, help=text, **options)
 
     def switch(name, text):
@@ -744,7 +756,9 @@ def read_checkpoint(argv, args):
     except Exception:
         raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged one")
     args = parse_args(argv, settings)
-    free = {"data", "epochs", "log_interval", "precision", args.generate and "seed"}
+    free = {"data", "epochs", "log_interval", "precision"}
+    if args.generate:
+        free.add("seed")
     for name, value in settings.items():
         if name not in free and getattr(args, name) != value:
             raise UserError(f"the run in {args.out} has --{name.replace('_', '-')} {value}")
@@ -759,7 +773,7 @@ def main(argv=None):
                 checkpoint, args = read_checkpoint(argv, args)
             if not args.generate:
                 train(args, checkpoint)
-            elif env("RANK") == 0:
+            elif from_torchrun("RANK") == 0:
                 generate(checkpoint, args.generate, f"{args.out}/generated", args.seed, args.device)
         except (UserError, OSError) as error:
             fail(error)
