@@ -186,7 +186,9 @@ def decode(data, image_size=64, crop=None):
     crop = crop or (CELEBA_CROP if picture.size == CELEBA_SIZE else width)
     side = min(width, height, crop)
     left, top = [round((edge - side) / 2) for edge in picture.size]
-    square = picture.crop((left, top, left + side, top + side)).convert("RGB")
+    square = picture.crop((left, top, left + side, top + side))
+    if square.mode != "RGB":
+        square = square.convert("RGB")
     return square.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 def map_cache(cache, key, image_size=64):
@@ -218,8 +220,7 @@ def load_images(path, image_size=64, crop=None):
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     source, names = find_pictures(Path(path))
-    archive = ZipFile(source) if source.is_file() else None
-    files = [source] if archive else [source / name for name in names]
+    files = [source / name for name in names] if source.is_dir() else [source]
     stamps = [stamp(file) for file in files]
     key = hashlib.sha256(f"{image_size} {crop} {names} {stamps}".encode()).digest()
     cache = Path(f"{os.path.abspath(source)}.dcgan")
@@ -229,6 +230,8 @@ def load_images(path, image_size=64, crop=None):
     images = map_cache(cache, key, image_size)
     if images is not None:
         return images
+
+    archive = ZipFile(source) if source.is_file() else None
 
     def prepare(name):
         try:
@@ -242,7 +245,8 @@ def load_images(path, image_size=64, crop=None):
     with atomic_write(cache, len(names) * image_size**2 * 3) as unfinished, ThreadPool() as pool:
         with open(unfinished, "wb") as file:
             for start in tqdm(chunks, "decoding", unit=" thousand pictures", disable=None):
-                file.writelines(filter(None, pool.map(prepare, names[start:start + 1000])))
+                pixels = pool.imap(prepare, names[start:start + 1000], chunksize=32)
+                file.writelines(filter(None, pixels))
             if file.tell() == 0:
                 raise UserError(f"--data {path}: 0 readable pictures")
             file.write(key)
@@ -442,12 +446,16 @@ def native_bf16(device):
     """Whether the device itself computes in bfloat16, rather than by emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 def share_gradients(network):
     """Average each gradient over all processes, as soon as it is computed."""
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
     for p in network.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, dist.ReduceOp.AVG))
+        p.register_post_accumulate_grad_hook(average)
 
 def build_generator(settings):
     """The generator of these settings, as a checkpoint has them."""
@@ -510,19 +518,21 @@ class Run:
 
     def read_losses(self):
         """Bring the losses into the history: within an epoch, the host waits only here."""
-        rows = torch.stack(self.unread).cpu()
-        self.history, self.unread = torch.cat([self.history, rows]), []
-        for values in (rows, *self.G.parameters(), *self.D.parameters()):
-            if not values.isfinite().all():
-                raise UserError(f"not finite at step {self.step}, checkpoint kept: "
-                                "lower --lr-g and --lr-d")
+        rows, parameters = torch.stack(self.unread), (*self.G.parameters(), *self.D.parameters())
+        finite = [values.isfinite().all() for values in (rows, *parameters)]
+        if not torch.stack(finite).all():
+            raise UserError(f"not finite at step {self.step}, checkpoint kept: "
+                            "lower --lr-g and --lr-d")
+        self.history, self.unread = torch.cat([self.history, rows.cpu()]), []
+
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM       # Ctrl-C, and what kill and schedulers send
 
 @contextmanager
 def signals(handler):
-    """Let handler(number, frame) take Ctrl-C and SIGTERM in this block; only a main thread can."""
+    """Let handler(number, frame) take STOP_SIGNALS in this block; only a main thread can."""
     usual = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             usual[number] = signal.signal(number, handler)
     try:
         yield
@@ -556,7 +566,9 @@ def load_shared(args, checkpoint):
     """The pictures of --data; with torchrun, one process on each machine prepares them.
 
     UserError if they are fewer than a batch, or not as many as the checkpoint's run has."""
-    if from_torchrun("LOCAL_RANK") > 0:       # waits here for the process that prepares
+    if from_torchrun("LOCAL_RANK") > 0:     # waits for the first; no Python runs to handle a signal
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         dist.init_process_group()
     images = load_images(args.data, args.image_size, args.crop)
     if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:

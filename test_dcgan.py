@@ -898,10 +898,12 @@ def test_two_processes_share_a_run(finished, pictures, capfd):
     assert contents("two").keys() == contents(finished).keys()
 
 
-def test_an_error_in_torchrun_is_one_line(pictures):
-    argv = [dcgan.__file__, "--data", pictures, *SMALL, "--lr-d", "-1"]
+def test_an_error_in_torchrun_is_one_line_and_ends_all_at_once():
+    argv = [dcgan.__file__, "--data", "nowhere", *SMALL]
+    start = time.time()
     ended = subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True)
     assert ended.returncode != 0
+    assert time.time() - start < 25         # where one hangs, torchrun waits for 30 seconds
     lines = [line for line in ended.stderr.splitlines() if line.startswith("dcgan.py: error: ")]
     assert len(lines) == 1
 
