@@ -382,10 +382,11 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 @torch.no_grad()
 def update_average(average, G, decay):
     """Move `average`, a copy of G, towards it: averaged weights draw better than the latest."""
-    for mean, latest in zip(average.parameters(), G.parameters()):
-        mean.lerp_(latest, 1 - decay)
-    for mean, latest in zip(average.buffers(), G.buffers()):
-        mean.copy_(latest)
+    for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
+        if mean.is_floating_point():        # batch norm's statistics too: they belong to the weights
+            mean.lerp_(latest, 1 - decay)
+        else:
+            mean.copy_(latest)
 
 # ---- Measures and pictures -----------------------------------------------------------------------
 
