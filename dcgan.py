@@ -7,7 +7,8 @@
 
 Read train_step first, it is the whole game. Then from top to bottom, in the order in which data
 flows: pictures, networks, the step, measures, the run, the command line, where main is. What only
-reality asks for, and a student may skip: list_pictures to find_pictures, signals to load_shared.
+reality asks for may be skipped: list_pictures to find_pictures, map_cache, signals to
+load_shared.
 
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et
 al. 2016, ganhacks; Liu et al. 2015, CelebA.
@@ -31,7 +32,7 @@ from io import BytesIO
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ def list_pictures(source):
             continue
         visited.add(real)
         names += [os.path.join(parent, file).removeprefix(f"{source}{os.sep}") for file in files]
-    names = [name for name in names if "/." not in f"/{name}"]
+    names = [name for name in names if "/." not in f"/{name}"]      # no part begins with a dot
     return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 @contextmanager
@@ -246,7 +247,7 @@ def load_images(path, image_size=64, crop=None):
         with open(unfinished, "wb") as file:
             for start in tqdm(chunks, "decoding", unit=" thousand pictures", disable=None):
                 pixels = pool.imap(prepare, names[start:start + 1000], chunksize=32)
-                file.writelines(filter(None, pixels))
+                file.writelines(filter(None, pixels))       # without the skipped
             if file.tell() == 0:
                 raise UserError(f"--data {path}: 0 readable pictures")
             file.write(key)
@@ -276,7 +277,8 @@ def to_batch(images, index, device=None, flip=False, rng=None):
 
 # ---- Networks (Radford et al. 2016, section 3); shapes are those at the defaults -----------------
 LATENT_DIM, LEAKY_SLOPE = 100, 0.2
-# for each image size, the channels of the smallest feature maps (4 x 4, 8 x 8, ...) in widths
+# what differs with the image size: the channels of the maps from 4 x 4 on, as multiples of width,
+# down to 4 * width; 2 * width and width follow in every network
 DEEP = {32: (4,), 64: (8, 4), 128: (8, 8, 4), 256: (8, 8, 8, 4)}
 
 def deep_widths(image_size, width):
@@ -309,14 +311,16 @@ def down(inputs, outputs):
     )
 
 class Generator(nn.Sequential):
-    """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1]."""
+    """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1].
+
+    With LeakyReLU, as in the lecture; `relu` is the paper's."""
 
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
         deep = deep_widths(image_size, width)
         super().__init__(
             nn.Unflatten(1, (latent_dim, 1, 1)),                    # 100 x  1 x  1
             up(latent_dim, deep[0], relu, stride=1, padding=0),     # 512 x  4 x  4
-            *[up(*pair, relu) for pair in pairwise(deep)],          # 256 x  8 x  8
+            *[up(*pair, relu) for pair in pairwise(deep)],          # 256 x  8 x  8, one at 64 px
             up(4 * width, 2 * width, relu),                         # 128 x 16 x 16
             up(2 * width, width, relu),                             #  64 x 32 x 32
             nn.ConvTranspose2d(width, channels, 4, 2, 1),           #   3 x 64 x 64
@@ -334,7 +338,7 @@ class Discriminator(nn.Sequential):
             nn.LeakyReLU(LEAKY_SLOPE, True),
             down(width, 2 * width),                                 # 128 x 16 x 16
             down(2 * width, 4 * width),                             # 256 x  8 x  8
-            *[down(*pair) for pair in pairwise(deep)],              # 512 x  4 x  4
+            *[down(*pair) for pair in pairwise(deep)],              # 512 x  4 x  4, one at 64 px
             nn.Conv2d(deep[-1], 1, 4),                              #   1 x  1 x  1
             nn.Flatten(),                                           #   1
         )
@@ -350,6 +354,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     Returns loss_d, loss_g and the means of D(x) and D(G(z)) as a tensor of four, on the device."""
     n, device, bce = len(real), real.device, F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    # two masks, n x 1: whose label to swap
     swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
     real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)        # one-sided
     fake_labels = torch.where(swap_fake, 1.0 - label_smoothing, 0.0)
@@ -369,7 +374,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     with autocast:
         if fresh_noise:
             fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
-        logits = D(fake).float()
+        logits = D(fake).float()        # anew, for D has changed; the gradient goes on to G
     loss_g = bce(logits, torch.ones_like(logits))
     optimizer_g.zero_grad()
     loss_g.backward()
@@ -383,7 +388,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 def update_average(average, G, decay):
     """Move `average`, a copy of G, towards it: averaged weights draw better than the latest."""
     for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
-        if mean.is_floating_point():        # batch norm's statistics too: they belong to the weights
+        if mean.is_floating_point():        # batch norm's statistics, too
             mean.lerp_(latest, 1 - decay)
         else:
             mean.copy_(latest)
@@ -407,6 +412,7 @@ def compare(fake, real):
     fake, real = thumbnails(fake), thumbnails(real)
     n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(fake.shape[1], 256, generator=rng), dim=0)
+    # along one direction, the cheapest way to match two sets is in order
     gaps = (fake[:n] @ directions).sort(0).values - (real[:n] @ directions).sort(0).values
     swd = 1000 * gaps.abs().mean()
     return swd.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
@@ -415,16 +421,17 @@ def plot_losses(losses, epoch_steps, path):
     """Draw loss_d and loss_g (steps x 2) over epochs, their range light and their mean bold."""
     image, width, height = Image.new("RGB", (800, 450), "white"), 700, 350
     draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(14)
-    highest, epochs = int(losses.quantile(0.995) + 1.1), len(losses) / epoch_steps
+    highest = int(losses.quantile(0.995) + 1.1)         # what is rarely higher is cut
+    epochs = len(losses) / epoch_steps
     for fifth in range(6):
         x, y = 60 + width * fifth / 5, 410 - height * fifth / 5
         draw.line((60, y, 60 + width, y), "#ddd")
         draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
         draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
-    samples = max(4, len(losses) // width + 1) * width      # at least as many as steps
+    samples = max(4, len(losses) // width + 1) * width      # no fewer than steps
     for i, name, color in (0, "discriminator loss", "#1f5fa8"), (1, "generator loss", "#d2691e"):
         y = 410 - losses[None, None, :, i].clamp(max=highest) * height / highest
-        columns = F.interpolate(y, samples, mode="linear").view(width, -1)      # a row a pixel
+        columns = F.interpolate(y, samples, mode="linear").view(width, -1)
         for x, column in enumerate(columns, 60):
             draw.line((x, column.min(), x, column.max()), f"{color}50")
         mean = F.avg_pool1d(columns.mean(1)[None], 15, 1, 7, count_include_pad=False)[0]
@@ -450,7 +457,7 @@ def native_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 def share_gradients(network):
-    """Average each gradient over all processes, as soon as it is computed."""
+    """Average each gradient over all processes when backward has it (DistributedDataParallel)."""
     def average(p):
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
@@ -485,7 +492,7 @@ class Run:
         self.last_step = self.epoch_steps * epochs
         self.step, self.log = 0, []
         self.history = torch.empty(0, 4)        # a row of LOSSES a step
-        self.unread = []                        # the latest of them, still on the device
+        self.unread = []        # the latest of them, on the device: to read each would mean to wait
 
         # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
@@ -572,7 +579,7 @@ def load_shared(args, checkpoint):
             signal.signal(number, signal.SIG_DFL)
         dist.init_process_group()
     images = load_images(args.data, args.image_size, args.crop)
-    if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:
+    if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:     # they are there
         dist.init_process_group()
     needed = checkpoint["pictures"] if checkpoint else args.batch_size
     if len(images) < needed or checkpoint and len(images) > needed:
@@ -597,8 +604,9 @@ def log_losses(run, out):
         row["swd"], row["diversity"] = compare(fakes, run.real)
         save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch:03d}.png")
         plot_losses(run.history[:, :2], run.epoch_steps, out / "losses.png")
-        warn(run.step, row["diversity"], run.history[-run.epoch_steps:, 0])
     report(" ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
+    if "diversity" in row:
+        warn(run.step, row["diversity"], run.history[-run.epoch_steps:, 0])
     run.log.append({name: round(value, 4) for name, value in row.items()})
     with open(out / "log.csv", "w") as file:
         columns = ["epoch", "step", *LOSSES, "swd", "diversity"]
@@ -650,14 +658,13 @@ def train(args, checkpoint=None):
     steps = shuffled(len(images), args.batch_size, run.step, run.last_step, args.seed,
                      images.device)
     bar = tqdm(total=run.last_step, initial=run.step, disable=rank > 0 or None)
-    tricks = {"fresh_noise": args.fresh_noise, "label_smoothing": args.label_smoothing,
-              "flip_labels": args.flip_labels}
     with bar, stop_requests() as stop:
         for step, index in steps:
             batch = to_batch(images, index[rank::ranks], args.device, args.flip, run.rng)
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch,
-                                bf16=bf16, rng=run.rng, **tricks)
-            update_average(run.ema, run.G, min(args.ema, step / (9 + step)))        # warmed up
+                                bf16=bf16, fresh_noise=args.fresh_noise, rng=run.rng,
+                                label_smoothing=args.label_smoothing, flip_labels=args.flip_labels)
+            update_average(run.ema, run.G, min(args.ema, step / (9 + step)))        # short at first
             if rank > 0:
                 continue
             run.step = step
@@ -766,8 +773,9 @@ def read_checkpoint(argv, args):
     try:
         checkpoint = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         settings = checkpoint["settings"]
+        checkpoint["fingerprint"]       # that of an earlier version has none
     except Exception:
-        raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged one")
+        raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged or older one")
     args = parse_args(argv, settings)
     free = {"data", "epochs", "log_interval", "precision"}
     if args.generate:
@@ -788,7 +796,7 @@ def main(argv=None):
                 train(args, checkpoint)
             elif from_torchrun("RANK") == 0:
                 generate(checkpoint, args.generate, f"{args.out}/generated", args.seed, args.device)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, BadZipFile) as error:
             fail(error)
 
 if __name__ == "__main__":

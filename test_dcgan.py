@@ -942,6 +942,7 @@ def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
     ("--flip-labels 1.5", "1.5"),
     ("--nonsense", "--no"),
     ("--data page.zip", "web page"),
+    ("--data broken.zip", "Bad magic number"),
     ("--data .", "0 readable"),
     ("--data bad", "bad: 0 readable"),
     ("--data nowhere", "nowhere"),
@@ -950,8 +951,12 @@ def test_bad_input_is_one_line(argv, told, pictures, capsys):
     Path("bad").mkdir()
     for file in ("bad/x.csv", "bad/checkpoint.pt", "page.zip"):
         Path(file).write_text("<html>")
+    with dcgan.ZipFile("broken.zip", "w") as archive:
+        archive.writestr("a.jpg", jpeg())
+    broken = Path("broken.zip").read_bytes().replace(b"PK\x01\x02", b"PK\0\0")
+    Path("broken.zip").write_bytes(broken)
     assert told in error_of(capsys, "--data", pictures, *SMALL, *argv.split())
-    assert set(os.listdir()) == {"bad", "page.zip"}
+    assert set(os.listdir()) == {"bad", "page.zip", "broken.zip"}
 
 
 def test_precision_is_named_with_a_reason(pictures, monkeypatch, capsys):
