@@ -850,13 +850,19 @@ def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
     assert out.count("collapses") == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(pictures, monkeypatch,
-                                                                        capsys):
+@pytest.mark.parametrize("where", ["losses", "generator", "discriminator"])
+def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(where, pictures, monkeypatch,
+                                                                  capsys):
     step, calls = dcgan.train_step, []
 
-    def broken(*args, **options):
+    def broken(G, D, *args, **options):
+        losses = step(G, D, *args, **options)
         calls.append(None)
-        return step(*args, **options) * (float("nan") if len(calls) == 7 else 1)
+        if len(calls) == 10:        # the last of an epoch
+            first = {"losses": losses, "generator": next(G.parameters()),
+                     "discriminator": next(D.parameters())}[where]
+            first.detach().fill_(float("nan"))
+        return losses
 
     monkeypatch.setattr(dcgan, "train_step", broken)
     assert "not finite" in error_of(capsys, "--data", pictures, "--epochs", 3, *SMALL)
@@ -920,6 +926,16 @@ def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
     assert f"99 processes, but {torch.cuda.device_count()} GPUs" in line
 
 
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda count, device: zeros(count))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert dcgan.existing_device("cuda") == torch.device("cuda:2")
+    assert dcgan.existing_device("cuda:1") == torch.device("cuda:1")
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
 
@@ -930,6 +946,7 @@ def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
     ("--device hpu", "hpu"),
     ("--generate 3 --out bad", "bad"),
     ("--resume", "no checkpoint"),
+    ("--resume --out older", "older one"),
     ("--image-size 65", "65"),
     ("--batch-size 0", ": 0"),
     ("--batch-size 41", "40 readable pictures, 41 are needed"),
@@ -949,6 +966,8 @@ def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
 ])
 def test_bad_input_is_one_line(argv, told, pictures, capsys):
     Path("bad").mkdir()
+    Path("older").mkdir()
+    torch.save({"settings": {}, "generator": {}}, "older/checkpoint.pt")
     for file in ("bad/x.csv", "bad/checkpoint.pt", "page.zip"):
         Path(file).write_text("<html>")
     with dcgan.ZipFile("broken.zip", "w") as archive:
@@ -956,7 +975,7 @@ def test_bad_input_is_one_line(argv, told, pictures, capsys):
     broken = Path("broken.zip").read_bytes().replace(b"PK\x01\x02", b"PK\0\0")
     Path("broken.zip").write_bytes(broken)
     assert told in error_of(capsys, "--data", pictures, *SMALL, *argv.split())
-    assert set(os.listdir()) == {"bad", "page.zip", "broken.zip"}
+    assert set(os.listdir()) == {"bad", "older", "page.zip", "broken.zip"}
 
 
 def test_precision_is_named_with_a_reason(pictures, monkeypatch, capsys):
