@@ -77,7 +77,8 @@ SILENCE = 30        # seconds without a byte after which a source is given up
 
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
-    rng, side, faces = random.Random(0), 2 * image_size, []
+    rng, faces = random.Random(0), []
+    side = 2 * image_size       # drawn at twice the size, then reduced: smooth edges
     for _ in range(count):
         size, skin = side * rng.uniform(0.7, 1), rng.randint(45, 85)
         corner = rng.uniform(0, side - size)
@@ -352,7 +353,8 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 
     G maps latents N x latent_dim to images, D images to logits N x 1, both in autocast if `bf16`.
     Returns loss_d, loss_g and the means of D(x) and D(G(z)) as a tensor of four, on the device."""
-    n, device, bce = len(real), real.device, F.binary_cross_entropy_with_logits
+    n, device = len(real), real.device
+    bce = F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     # two masks, n x 1: whose label to swap
     swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
@@ -410,7 +412,8 @@ def compare(fake, real):
 
     Diversity is the mean distance between two fakes over that between two reals."""
     fake, real = thumbnails(fake), thumbnails(real)
-    n, rng = min(len(fake), len(real)), torch.Generator().manual_seed(0)
+    n = min(len(fake), len(real))
+    rng = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(fake.shape[1], 256, generator=rng), dim=0)
     # along one direction, the cheapest way to match two sets is in order
     gaps = (fake[:n] @ directions).sort(0).values - (real[:n] @ directions).sort(0).values
@@ -429,7 +432,8 @@ def plot_losses(losses, epoch_steps, path):
         draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
         draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
     samples = max(4, len(losses) // width + 1) * width      # no fewer than steps
-    for i, name, color in (0, "discriminator loss", "#1f5fa8"), (1, "generator loss", "#d2691e"):
+    legend = ("discriminator loss", "#1f5fa8"), ("generator loss", "#d2691e")
+    for i, (name, color) in enumerate(legend):
         y = 410 - losses[None, None, :, i].clamp(max=highest) * height / highest
         columns = F.interpolate(y, samples, mode="linear").view(width, -1)
         for x, column in enumerate(columns, 60):
@@ -490,7 +494,8 @@ class Run:
         if args.dry_run:
             self.epoch_steps, epochs = 1, 1
         self.last_step = self.epoch_steps * epochs
-        self.step, self.log = 0, []
+        self.step = 0
+        self.log = []                           # the rows of log.csv
         self.history = torch.empty(0, 4)        # a row of LOSSES a step
         self.unread = []        # the latest of them, on the device: to read each would mean to wait
 
@@ -598,7 +603,8 @@ def warn(step, diversity, losses_d):
 def log_losses(run, out):
     """Print a row and write log.csv; at an epoch's end with measures, pictures and warnings."""
     epoch = (run.step - 1) // run.epoch_steps + 1
-    row = {"epoch": epoch, "step": run.step, **dict(zip(LOSSES, run.history[-1].tolist()))}
+    row = {"epoch": epoch, "step": run.step}
+    row.update(zip(LOSSES, run.history[-1].tolist()))
     if run.step == epoch * run.epoch_steps:
         fakes = sample(run.ema, run.latents)
         row["swd"], row["diversity"] = compare(fakes, run.real)
@@ -625,7 +631,8 @@ def save_checkpoint(run, args):
 
 def start(args, checkpoint):
     """What a training begins with: its pictures, its Run and whether it computes in bf16."""
-    rank, ranks, out = from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1), Path(args.out)
+    rank, ranks = from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1)
+    out = Path(args.out)
     if args.batch_size % ranks:
         raise UserError(f"{ranks} processes cannot share --batch-size {args.batch_size} evenly")
     if not checkpoint and (out / "checkpoint.pt").exists():
@@ -654,7 +661,8 @@ def start(args, checkpoint):
 def train(args, checkpoint=None):
     """Train as the flags say, from a checkpoint if given, into args.out; in torchrun, as a rank."""
     images, run, bf16 = start(args, checkpoint)
-    rank, ranks, out = from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1), Path(args.out)
+    rank, ranks = from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1)
+    out = Path(args.out)
     steps = shuffled(len(images), args.batch_size, run.step, run.last_step, args.seed,
                      images.device)
     bar = tqdm(total=run.last_step, initial=run.step, disable=rank > 0 or None)
@@ -687,13 +695,15 @@ def train(args, checkpoint=None):
 
 def generate(checkpoint, count, folder, seed=42, device="cpu"):
     """Write `count` pictures from a checkpoint into `folder`, and a grid of 64 beside it."""
-    G, folder, rng = build_generator(checkpoint["settings"]), Path(folder), torch.Generator()
+    folder = Path(folder)
+    G = build_generator(checkpoint["settings"])
     G.load_state_dict(checkpoint["ema"])
     G.to(device).eval()
     folder.mkdir(exist_ok=True)
     for file in folder.glob(f"{'[0-9]' * 6}.png"):      # an earlier call's
         file.unlink()
-    latents = torch.randn(count, LATENT_DIM, generator=rng.manual_seed(seed)).to(device)
+    rng = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, LATENT_DIM, generator=rng).to(device)
     images = (image for part in latents.split(128) for image in sample(G, part))
     for i, image in enumerate(tqdm(images, "generating", count, disable=None), 1):
         save_image(image / 255, folder / f"{i:06d}.png")
