@@ -200,10 +200,10 @@ def map_cache(cache, key, image_size=64):
             size = file.seek(-len(key), os.SEEK_END)        # of all before the key
             if file.read() != key:
                 return None
-    except OSError:
+        # shared, for a private mapping may not be larger than memory: never write to the pictures
+        pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
+    except (OSError, RuntimeError):     # absent, too short or somebody else's
         return None
-    # shared, for a private mapping may not be larger than memory: never write to these pictures
-    pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
     return pixels.unflatten(0, (-1, image_size, image_size, 3)).permute(0, 3, 1, 2)
 
 def stamp(path):

@@ -471,6 +471,21 @@ def test_cache_goes_to_the_temporary_folder_where_nothing_can_be_written(cache, 
     assert not cache.file.exists()
 
 
+def test_cache_that_cannot_be_mapped_is_made_anew(cache, monkeypatch):
+    assert not cache.is_used(32)
+    from_file, calls = torch.from_file, []
+
+    def refused_once(*args, **options):
+        calls.append(None)
+        if len(calls) == 1:
+            raise RuntimeError("unable to open file in read-write mode: Permission denied (13)")
+        return from_file(*args, **options)
+
+    monkeypatch.setattr(torch, "from_file", refused_once)
+    assert not cache.is_used(32)
+    assert cache.is_used(32)
+
+
 def test_full_disk_is_told_with_the_bytes_needed(cache, monkeypatch, capsys):
     monkeypatch.setattr(dcgan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
     assert f"{3 * 32 * 32 * 3:,} bytes" in error_of(capsys, "--data", "faces", *SMALL)
