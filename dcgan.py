@@ -586,8 +586,12 @@ def load_shared(args, checkpoint):
     images = load_images(args.data, args.image_size, args.crop)
     if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:     # they are there
         dist.init_process_group()
-    needed = checkpoint["pictures"] if checkpoint else args.batch_size
-    if len(images) < needed or checkpoint and len(images) > needed:
+    needed = args.batch_size
+    enough = len(images) >= needed
+    if checkpoint:
+        needed = checkpoint["pictures"]
+        enough = len(images) == needed
+    if not enough:
         raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
     if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
         images = images.to(args.device)
