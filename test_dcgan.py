@@ -25,13 +25,11 @@ GRIDS = {"samples/epoch_001.png", "samples/epoch_002.png", "samples/epoch_003.pn
 FILES = {"real.png", "samples.gif", "losses.png", "log.csv", "samples/epoch_001.png"}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
-
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch, tmp_path):
     """Each test works in a folder of its own, and its subprocesses can import dcgan."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(dcgan.__file__).parent))
-
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
@@ -42,7 +40,6 @@ def pictures(tmp_path_factory):
         T.ToPILImage()(image).save(folder / f"{i:03d}.png")
     return str(folder)
 
-
 @pytest.fixture(scope="session")
 def finished(pictures, tmp_path_factory):
     """The folder of a run of three epochs without a break."""
@@ -50,23 +47,19 @@ def finished(pictures, tmp_path_factory):
     dcgan.main(["--data", pictures, "--epochs", "3", "--out", str(out), *SMALL])
     return out
 
-
 def networks(size=32, width=8, seed=0):
     torch.manual_seed(seed)
     G = dcgan.Generator(image_size=size, width=width)
     D = dcgan.Discriminator(image_size=size, width=width)
     return G, D
 
-
 def sgd(nets, rate_g, rate_d):
     """With SGD, an update is a gradient."""
     rates = zip(nets, (rate_g, rate_d))
     return [torch.optim.SGD(net.parameters(), rate) for net, rate in rates]
 
-
 def adam(nets):
     return [torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in nets]
-
 
 def error_of(capsys, *argv):
     """The one line on standard error with which a command fails, with status 2."""
@@ -79,7 +72,6 @@ def error_of(capsys, *argv):
     assert lines[0].startswith("dcgan.py: error: ")
     return lines[0]
 
-
 def jpeg(image=None, color="red"):
     """The bytes of a JPEG of CelebA's size, or of `image`."""
     data = BytesIO()
@@ -87,10 +79,8 @@ def jpeg(image=None, color="red"):
     image.save(data, "JPEG", quality=90)
     return data.getvalue()
 
-
 def checkpoint(out):
     return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
-
 
 def contents(out):
     """Every file below a folder: bytes by name, a checkpoint as what it holds."""
@@ -100,7 +90,6 @@ def contents(out):
         files[name] = checkpoint(out) if name == "checkpoint.pt" else file.read_bytes()
     return files
 
-
 def same(a, b):
     """Bit for bit, whatever is nested in whatever."""
     if isinstance(a, dict):
@@ -109,21 +98,17 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-
 # ---- What the networks promise -------------------------------------------------------------------
-
 
 def test_generator_turns_100_d_noise_into_3_x_64_x_64_images():
     images = dcgan.Generator()(torch.randn(2, 100))
     assert images.shape == (2, 3, 64, 64)
     assert images.abs().max() <= 1
 
-
 def test_discriminator_turns_an_image_into_a_single_logit():
     logits = dcgan.Discriminator()(torch.rand(2, 3, 64, 64) * 2 - 1)
     assert logits.shape == (2, 1)
     assert logits.isfinite().all()
-
 
 def one_step(device, bf16):
     """Train one step: every parameter moves, and stays finite and float32."""
@@ -139,17 +124,14 @@ def one_step(device, bf16):
         assert p.isfinite().all()
         assert not torch.equal(p, old)
 
-
 @needs_cuda
 @pytest.mark.parametrize("bf16", [False, True])
 def test_one_training_step_on_cuda(bf16):
     one_step("cuda", bf16)
 
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_one_training_step_on_the_cpu(bf16):
     one_step("cpu", bf16)
-
 
 @pytest.mark.parametrize("size, parameters_of_G, parameters_of_D", [
     (32, 1_068_931, 663_361),
@@ -165,13 +147,11 @@ def test_every_image_size(size, parameters_of_G, parameters_of_D):
     assert sum(p.numel() for p in G.parameters()) == parameters_of_G
     assert sum(p.numel() for p in D.parameters()) == parameters_of_D
 
-
 @pytest.mark.parametrize("size", [4, 65, 100])
 @pytest.mark.parametrize("network", [dcgan.Generator, dcgan.Discriminator])
 def test_another_image_size_is_refused(network, size):
     with pytest.raises(ValueError, match=f"{size}.*32, 64, 128, 256"):
         network(image_size=size)
-
 
 def test_layers_are_the_papers():
     G, D = networks(64, width=16)
@@ -189,9 +169,7 @@ def test_layers_are_the_papers():
     relus = [m for m in dcgan.Generator(relu=True).modules() if isinstance(m, torch.nn.ReLU)]
     assert len(relus) == 4
 
-
 # ---- The step ------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("fresh_noise", [False, True])
 @pytest.mark.parametrize("rates", [(0.1, 0.1), (0.1, 0.0), (0.0, 0.1)])
@@ -223,7 +201,6 @@ def test_step_is_the_one_written_out_here(fresh_noise, rates):
     assert not losses.requires_grad
     assert all(p.requires_grad for p in nets[1].parameters())
 
-
 @pytest.mark.parametrize("tricks, real, fake", [
     ({}, 1, 0),
     ({"label_smoothing": 0.1}, 0.9, 0),
@@ -242,7 +219,6 @@ def test_labels_of_each_trick(tricks, real, fake, monkeypatch):
     dcgan.train_step(*nets, *sgd(nets, 0, 0), torch.zeros(3000, 3, 32, 32), **tricks)
     assert means == pytest.approx([real, fake, 1], abs=0.04)
 
-
 def test_batches_and_their_mirror_images():
     images = torch.arange(4, dtype=torch.uint8).expand(200, 3, 4, 4)
     plain = dcgan.to_batch(images, torch.arange(200))
@@ -252,11 +228,9 @@ def test_batches_and_their_mirror_images():
     assert torch.equal(flipped[mirrored], plain[mirrored].flip(3))
     torch.testing.assert_close(plain[0, 0, 0], torch.arange(4) / 127.5 - 1)
 
-
 def test_batch_is_where_the_pictures_are():
     images = torch.empty(4, 3, 8, 8, dtype=torch.uint8, device="meta")
     assert dcgan.to_batch(images, torch.arange(2, device="meta")).device.type == "meta"
-
 
 def test_every_epoch_shuffles_all_pictures_anew_and_can_start_anywhere():
     steps = dict(dcgan.shuffled(10, 4, 0, 6, seed=3))
@@ -267,7 +241,6 @@ def test_every_epoch_shuffles_all_pictures_anew_and_can_start_anywhere():
     assert not torch.equal(first, second)
     for step, index in dcgan.shuffled(10, 4, 3, 6, seed=3):
         assert torch.equal(index, steps[step])
-
 
 def test_a_small_network_learns_toy_faces():
     real, (G, D) = dcgan.toy_faces(1024, 32), networks(width=16)
@@ -280,7 +253,6 @@ def test_a_small_network_learns_toy_faces():
     assert after < before / 2
     assert diversity > 0.6
 
-
 def test_measures_know_the_real_from_the_collapsed():
     real = dcgan.toy_faces(1024, 32)
     black, white = torch.zeros_like(real), torch.full_like(real, 255)
@@ -292,9 +264,7 @@ def test_measures_know_the_real_from_the_collapsed():
     assert 0.9 < wide < 1.1
     assert collapsed < 0.01
 
-
 # ---- Data ----------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("size, crop, expected_crop", [
     ((178, 218), None, 160),
@@ -307,7 +277,6 @@ def test_preparation_is_the_lectures_to_the_last_bit(size, crop, expected_crop):
     data = jpeg(noise.resize(size))
     lecture = T.Compose([T.CenterCrop(expected_crop), T.Resize(64)])
     assert dcgan.decode(data, 64, crop).tobytes() == lecture(Image.open(BytesIO(data))).tobytes()
-
 
 def write_odd_pictures(folder):
     """Write good pictures, all red or mid-grey, and bad ones; return how many are good."""
@@ -331,7 +300,6 @@ def write_odd_pictures(folder):
         (folder / name).write_bytes(b"")
     return len(odd)
 
-
 def test_odd_pictures_become_rgb_or_are_named(capsys):
     good = write_odd_pictures(Path("odd/a/b"))
     images, err = dcgan.load_images("odd", 32), capsys.readouterr().err
@@ -344,7 +312,6 @@ def test_odd_pictures_become_rgb_or_are_named(capsys):
     assert "skipped odd/a/b/cut.jpg: " in err
     assert "skipped odd/a/b/empty.png: cannot identify image file\n" in err
 
-
 def test_turned_pictures_become_upright():
     turned = Image.new("RGB", (40, 40), "black")
     turned.paste("white", (0, 0, 40, 20))
@@ -354,7 +321,6 @@ def test_turned_pictures_become_upright():
     upright = T.PILToTensor()(dcgan.decode(data.getvalue(), 32))
     assert (upright[:, :, 18:] > 200).all()
     assert (upright[:, :, :14] < 50).all()
-
 
 @pytest.mark.parametrize("place, count, taken", [
     ("data/celeba/img_align_celeba", 10, 6),
@@ -379,7 +345,6 @@ def test_celeba_is_found_and_its_training_part_taken(monkeypatch, place, count, 
     assert len(images) == taken
     assert images[5, 0].float().mean().item() == pytest.approx(120, abs=3)
 
-
 def test_each_real_folder_is_visited_once(pictures):
     folder = shutil.copytree(pictures, "a/faces")
     for link in ("a/self", "a/faces/up", "a/faces/again"):
@@ -387,7 +352,6 @@ def test_each_real_folder_is_visited_once(pictures):
     os.symlink(Path(folder).resolve(), "linked")
     assert len(dcgan.load_images("a", 32)) == 40
     assert len(dcgan.load_images("linked", 32)) == 40
-
 
 class Cache:
     """A folder of three pictures, and what loading it prints."""
@@ -411,18 +375,15 @@ class Cache:
             dcgan.decode = decode
         return not calls
 
-
 @pytest.fixture
 def cache(capsys):
     return Cache(capsys)
-
 
 def test_cache_is_used_while_nothing_changes(cache):
     assert not cache.is_used(32)
     assert cache.is_used(32)
     assert cache.file.stat().st_size == 3 * 32 * 32 * 3 + 32
     assert {path.name for path in Path().iterdir()} == {"faces", "faces.dcgan"}
-
 
 def test_cache_of_other_settings_or_pictures_is_thrown_away(cache):
     assert not cache.is_used(32)
@@ -434,7 +395,6 @@ def test_cache_of_other_settings_or_pictures_is_thrown_away(cache):
     cache.write(d="red")
     assert not cache.is_used(64, 100, count=4)
     assert cache.is_used(64, 100, count=4)
-
 
 @pytest.mark.parametrize("damage", [
     lambda content: content[:1000],
@@ -449,7 +409,6 @@ def test_damaged_cache_is_thrown_away(cache, damage):
     assert not cache.is_used(32)
     assert cache.is_used(32)
 
-
 def test_cache_sees_through_symbolic_links(cache):
     shutil.move("faces/a.jpg", "one.jpg")
     os.symlink("../one.jpg", "faces/a.jpg")
@@ -460,7 +419,6 @@ def test_cache_sees_through_symbolic_links(cache):
     os.symlink("nowhere", "faces/dangling.jpg")
     assert not cache.is_used(32)
 
-
 def test_cache_goes_to_the_temporary_folder_where_nothing_can_be_written(cache, monkeypatch):
     monkeypatch.setattr(dcgan.os, "access", lambda path, mode: False)
     monkeypatch.setattr(dcgan.tempfile, "gettempdir", lambda: "elsewhere")
@@ -469,7 +427,6 @@ def test_cache_goes_to_the_temporary_folder_where_nothing_can_be_written(cache, 
     assert str(next(Path("elsewhere").glob("*.dcgan"))) in cache.capsys.readouterr().out
     assert cache.is_used(32)
     assert not cache.file.exists()
-
 
 def test_cache_that_cannot_be_mapped_is_made_anew(cache, monkeypatch):
     assert not cache.is_used(32)
@@ -485,12 +442,10 @@ def test_cache_that_cannot_be_mapped_is_made_anew(cache, monkeypatch):
     assert not cache.is_used(32)
     assert cache.is_used(32)
 
-
 def test_full_disk_is_told_with_the_bytes_needed(cache, monkeypatch, capsys):
     monkeypatch.setattr(dcgan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
     assert f"{3 * 32 * 32 * 3:,} bytes" in error_of(capsys, "--data", "faces", *SMALL)
     assert {path.name for path in Path().iterdir()} == {"faces"}
-
 
 def test_writing_that_fails_leaves_the_old_file_and_nothing_else():
     path = Path("file")
@@ -502,7 +457,6 @@ def test_writing_that_fails_leaves_the_old_file_and_nothing_else():
     assert path.read_text() == "old"
     assert os.listdir() == ["file"]
 
-
 def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_has():
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -512,7 +466,6 @@ def test_what_a_killed_process_left_is_removed_but_not_what_a_running_one_has():
     with dcgan.atomic_write(Path("file").resolve()) as partial:
         partial.write_text("new")
     assert sorted(os.listdir()) == [f".dcgan-{os.getppid()}-x@{host}", "file"]
-
 
 class Archives(http.server.BaseHTTPRequestHandler):
     """A server of one archive: the path says what is wrong with the answer."""
@@ -531,7 +484,6 @@ class Archives(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-
 @pytest.fixture
 def server(monkeypatch):
     """Its address; what it has is taken for CelebA, and its silence is noticed in half a second."""
@@ -548,7 +500,6 @@ def server(monkeypatch):
         httpd.shutdown()
         httpd.block_on_close = False
 
-
 def test_celebas_sources():
     assert dcgan.CELEBA_MD5 == "00d2c5bc6d35e252742224ab0c1e8fcb"
     assert dcgan.CELEBA_ZIP == "img_align_celeba.zip"
@@ -557,9 +508,7 @@ def test_celebas_sources():
     assert len(others) == 2
     assert all(url.endswith("/img_align_celeba.zip") for url in others)
 
-
 BAD_SOURCES = ["missing", "page", "wrong", "half", "silent"]
-
 
 def test_download_goes_on_to_the_source_that_has_it(server, monkeypatch, capsys):
     urls = [f"{server}/{kind}" for kind in (*BAD_SOURCES, "right", "never asked")]
@@ -574,7 +523,6 @@ def test_download_goes_on_to_the_source_that_has_it(server, monkeypatch, capsys)
     assert set(os.listdir("data/celeba")) == {dcgan.CELEBA_ZIP, f"{dcgan.CELEBA_ZIP}.dcgan"}
     assert socket.getdefaulttimeout() is None
 
-
 def test_download_that_fails_everywhere_says_why_and_what_to_do(server, monkeypatch, capsys):
     monkeypatch.setattr(dcgan, "CELEBA_URLS", [f"{server}/missing", f"{server}/page"])
     with pytest.raises(dcgan.UserError) as error:
@@ -582,7 +530,6 @@ def test_download_that_fails_everywhere_says_why_and_what_to_do(server, monkeypa
     for words in ("404", "MD5", "zip into data/celeba", "--data toy or --data FOLDER"):
         assert words in str(error.value)
     assert os.listdir("data/celeba") == []
-
 
 @pytest.mark.parametrize("gdown", [None, "offline"])
 def test_google_drive_that_fails(gdown, server, monkeypatch, capsys):
@@ -595,7 +542,6 @@ def test_google_drive_that_fails(gdown, server, monkeypatch, capsys):
     assert len(dcgan.load_images("data/celeba")) == 1
     assert ("unreachable" if gdown else "gdown") in capsys.readouterr().err
 
-
 def test_an_archive_of_the_users_own_is_kept(capsys):
     archive = Path("data/celeba/img_align_celeba.zip")
     archive.parent.mkdir(parents=True)
@@ -603,18 +549,14 @@ def test_an_archive_of_the_users_own_is_kept(capsys):
     assert "web page" in error_of(capsys, *SMALL)
     assert archive.read_text() == " <html>"
 
-
 def test_no_room_is_said_before_anything_is_fetched(monkeypatch, capsys):
     monkeypatch.setattr(dcgan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
     assert "1,443,490,838 bytes" in error_of(capsys, *SMALL)
 
-
 # ---- The run -------------------------------------------------------------------------------------
-
 
 def run(*argv):
     dcgan.main([str(word) for word in argv])
-
 
 def do_at_step(monkeypatch, number, action):
     """Call `action` in the middle of a run, before the step of that number, counted from 1."""
@@ -628,7 +570,6 @@ def do_at_step(monkeypatch, number, action):
 
     monkeypatch.setattr(dcgan, "train_step", train_step)
 
-
 def stop_at_step_7(monkeypatch, pictures, signum=signal.SIGINT, out="out"):
     """A run of two epochs, interrupted in its second; the exit status."""
     with monkeypatch.context() as patch:
@@ -637,13 +578,11 @@ def stop_at_step_7(monkeypatch, pictures, signum=signal.SIGINT, out="out"):
             run("--data", pictures, "--epochs", 2, "--out", out, *SMALL)
     return stop.value.code
 
-
 def test_files_of_a_run(finished, pictures):
     assert contents(finished).keys() == FILES | GRIDS | {"checkpoint.pt"}
     run("--data", pictures, "--dry-run", *SMALL)
     assert contents("out").keys() == FILES
     assert Image.open(finished / "samples.gif").n_frames == 3
-
 
 def test_log_has_a_row_per_interval_and_the_measures_per_epoch(finished):
     with open(finished / "log.csv") as file:
@@ -656,7 +595,6 @@ def test_log_has_a_row_per_interval_and_the_measures_per_epoch(finished):
     losses = [float(rows[-1][name]) for name in ("loss_d", "loss_g", "D(x)", "D(G(z))")]
     assert losses == pytest.approx(history[14].tolist(), abs=1e-4)
 
-
 @pytest.mark.parametrize("steps", [1, 100, 3000])
 def test_loss_plot_shows_both_curves_and_their_range(steps):
     losses = torch.tensor([0.5, 2.0]) + 0.3 * torch.rand(steps, 2)
@@ -667,13 +605,11 @@ def test_loss_plot_shows_both_curves_and_their_range(steps):
     lightly = (red - blue > 20) & (red - blue < 60)
     assert (lightly.sum() > 5000) == (steps == 3000)
 
-
 def test_a_folder_with_a_run_is_not_trained_over(finished, pictures, capsys):
     before = contents(finished)
     assert "--resume" in error_of(capsys, "--data", pictures, "--out", finished, *SMALL)
     assert "--width 8" in error_of(capsys, "--resume", "--out", finished, "--width", 4, *SMALL[-2:])
     assert same(contents(finished), before)
-
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_and_resume(signum, status, finished, pictures, monkeypatch):
@@ -681,7 +617,6 @@ def test_interrupt_and_resume(signum, status, finished, pictures, monkeypatch):
     assert checkpoint("out")["step"] == 7
     run("--resume", "--epochs", 3, "--device", "cpu")
     assert same(contents("out"), contents(finished))        # bit for bit
-
 
 def test_kill_and_resume(finished, pictures):
     code = """if True:
@@ -698,7 +633,6 @@ def test_kill_and_resume(finished, pictures):
     run("--resume", "--epochs", 3, "--device", "cpu")
     assert same(contents("out"), contents(finished))
 
-
 def test_second_interrupt_ends_at_once_and_handlers_are_put_back(pictures, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -712,7 +646,6 @@ def test_second_interrupt_ends_at_once_and_handlers_are_put_back(pictures, monke
     assert checkpoint("out")["step"] == 5
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == former
 
-
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_while_decoding_leaves_nothing(signum, status, cache, monkeypatch):
     monkeypatch.setattr(dcgan, "decode", lambda *args: os.kill(os.getpid(), signum))
@@ -721,7 +654,6 @@ def test_signal_while_decoding_leaves_nothing(signum, status, cache, monkeypatch
     assert stop.value.code == status
     assert os.listdir() == ["faces"]
 
-
 def test_training_outside_the_main_thread(pictures):
     argv = ["--data", pictures, "--dry-run", *SMALL]
     thread = threading.Thread(target=dcgan.main, args=(argv,))
@@ -729,14 +661,12 @@ def test_training_outside_the_main_thread(pictures):
     thread.join()
     assert Path("out/samples.gif").exists()
 
-
 def test_resume_with_the_pictures_moved(finished, pictures, monkeypatch, capsys):
     assert stop_at_step_7(monkeypatch, pictures) == 130
     shutil.copytree(pictures, "moved")
     run("--resume", "--epochs", 3, "--data", "moved", "--device", "cpu")
     assert "warning" not in capsys.readouterr().out
     assert same(checkpoint("out")["G"], checkpoint(finished)["G"])
-
 
 def test_resume_with_other_pictures_warns_and_with_fewer_is_refused(pictures, monkeypatch, capsys):
     folder = shutil.copytree(pictures, "faces")
@@ -748,7 +678,6 @@ def test_resume_with_other_pictures_warns_and_with_fewer_is_refused(pictures, mo
     line = error_of(capsys, "--resume", "--device", "cpu")
     assert "39 readable pictures, 40 are needed" in line
 
-
 def test_resume_on_another_kind_of_device(pictures, monkeypatch, capsys):
     assert stop_at_step_7(monkeypatch, pictures) == 130
     content = checkpoint("out")
@@ -758,7 +687,6 @@ def test_resume_on_another_kind_of_device(pictures, monkeypatch, capsys):
     assert "another kind of device" in capsys.readouterr().out
     assert checkpoint("out")["step"] == 10
 
-
 def test_checkpoint_alone_in_a_new_folder_is_resumed(finished, pictures, monkeypatch):
     stop_at_step_7(monkeypatch, pictures)
     for out, source in (("unfinished", "out"), ("finished", finished)):
@@ -767,7 +695,6 @@ def test_checkpoint_alone_in_a_new_folder_is_resumed(finished, pictures, monkeyp
         run("--resume", "--out", out, "--device", "cpu")
     assert Image.open("unfinished/samples.gif").n_frames == 1
     assert not Path("finished/samples.gif").exists()
-
 
 def test_animation_has_the_runs_own_epochs_in_order():
     Path("samples").mkdir()
@@ -780,7 +707,6 @@ def test_animation_has_the_runs_own_epochs_in_order():
             film.seek(i)
             shades.append(film.convert("L").getpixel((0, 0)))
     assert shades == [epoch % 256 for epoch in (2, 101, 999, 1000)]
-
 
 def test_full_disk_at_a_checkpoint_keeps_the_last_one(pictures, monkeypatch, capsys):
     save, calls = torch.save, []
@@ -797,7 +723,6 @@ def test_full_disk_at_a_checkpoint_keeps_the_last_one(pictures, monkeypatch, cap
     assert checkpoint("out")["step"] == 5
     assert not list(Path("out").glob(".dcgan-*"))
 
-
 def test_average_follows_the_generator_and_is_it_when_off(finished, pictures):
     run("--data", pictures, "--epochs", 3, "--ema", 0, *SMALL)
     off, on = checkpoint("out"), checkpoint(finished)
@@ -806,16 +731,13 @@ def test_average_follows_the_generator_and_is_it_when_off(finished, pictures):
     first, last = networks(seed=42)[0][1][0].weight, on["G"]["1.0.weight"]
     assert 0 < (on["ema"]["1.0.weight"] - last).norm() < 0.7 * (first - last).norm()
 
-
 def test_average_loads_into_a_plain_generator(finished):
     G = dcgan.Generator(image_size=32, width=8)
     G.load_state_dict(checkpoint(finished)["ema"])
 
-
 def generate(*argv):
     run("--out", ".", "--device", "cpu", "--generate", *argv)
     return contents("generated")
-
 
 def test_generate(finished, capsys):
     shutil.copy(finished / "checkpoint.pt", ".")
@@ -826,7 +748,6 @@ def test_generate(finished, capsys):
     assert generate(70, "--seed", 7) != first
     assert Image.open("generated.png").size == (8 * 34 + 2, 8 * 34 + 2)
 
-
 def test_generate_replaces_its_own_pictures_and_nobody_elses(finished, monkeypatch):
     shutil.copy(finished / "checkpoint.pt", ".")
     generate(7)
@@ -834,7 +755,6 @@ def test_generate_replaces_its_own_pictures_and_nobody_elses(finished, monkeypat
     assert len(generate(5)) == 6
     monkeypatch.setenv("RANK", "1")
     assert len(generate(9)) == 6        # of several processes, only the first one writes
-
 
 @pytest.mark.parametrize("diversity, loss_d, told", [
     (0.1, 0.5, ["collapses"]),
@@ -855,7 +775,6 @@ def test_warnings(capsys, diversity, loss_d, told):
     dcgan.warn(300, 0.1, torch.ones(20))        # too early to tell
     assert capsys.readouterr().out == ""
 
-
 def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
     monkeypatch.setattr(dcgan, "compare", lambda *args: (100, 0.1))
     monkeypatch.setattr(dcgan, "train_step", lambda *a, **k: torch.tensor([0.01, 1, 0.5, 0.5]))
@@ -863,7 +782,6 @@ def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("has won") == 8
     assert out.count("collapses") == 1
-
 
 @pytest.mark.parametrize("where", ["losses", "generator", "discriminator"])
 def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(where, pictures, monkeypatch,
@@ -883,7 +801,6 @@ def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(where, picture
     assert "not finite" in error_of(capsys, "--data", pictures, "--epochs", 3, *SMALL)
     assert checkpoint("out")["step"] == 5
 
-
 # ---- Several processes ---------------------------------------------------------------------------
 
 SPY = """
@@ -901,7 +818,6 @@ torch.save(seen, "seen" + os.environ.get("RANK", ""))
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
-
 def test_two_processes_share_a_run(finished, pictures, capfd):
     Path("spy.py").write_text(SPY)
     argv = ["spy.py", "--data", pictures, "--epochs", "2", *SMALL]
@@ -918,7 +834,6 @@ def test_two_processes_share_a_run(finished, pictures, capfd):
     run("--resume", "--epochs", 3, "--out", "two", "--device", "cpu")
     assert contents("two").keys() == contents(finished).keys()
 
-
 def test_an_error_in_torchrun_is_one_line_and_ends_all_at_once():
     argv = [dcgan.__file__, "--data", "nowhere", *SMALL]
     start = time.time()
@@ -928,18 +843,15 @@ def test_an_error_in_torchrun_is_one_line_and_ends_all_at_once():
     lines = [line for line in ended.stderr.splitlines() if line.startswith("dcgan.py: error: ")]
     assert len(lines) == 1
 
-
 def test_processes_must_share_the_batch_evenly(pictures, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "3 processes" in error_of(capsys, "--data", pictures, *SMALL)
-
 
 def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "99")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
     line = error_of(capsys, "--data", pictures, "--device", "cuda")
     assert f"99 processes, but {torch.cuda.device_count()} GPUs" in line
-
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     zeros = torch.zeros
@@ -950,9 +862,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     assert dcgan.existing_device("cuda") == torch.device("cuda:2")
     assert dcgan.existing_device("cuda:1") == torch.device("cuda:1")
 
-
 # ---- The command line ----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("argv, told", [
     ("--device cuda:99", "cuda:99"),
@@ -992,7 +902,6 @@ def test_bad_input_is_one_line(argv, told, pictures, capsys):
     assert told in error_of(capsys, "--data", pictures, *SMALL, *argv.split())
     assert set(os.listdir()) == {"bad", "older", "page.zip", "broken.zip"}
 
-
 def test_precision_is_named_with_a_reason(pictures, monkeypatch, capsys):
     monkeypatch.setattr(dcgan, "native_bf16", lambda device: False)
     run("--data", pictures, "--dry-run", *SMALL)
@@ -1000,7 +909,6 @@ def test_precision_is_named_with_a_reason(pictures, monkeypatch, capsys):
     monkeypatch.setattr(dcgan, "native_bf16", lambda device: True)
     run("--data", pictures, "--dry-run", *SMALL)
     assert "cpu, bf16;" in capsys.readouterr().out
-
 
 def test_import_does_nothing(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dcgan.py", "--nonsense"])
