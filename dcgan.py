@@ -278,15 +278,14 @@ def to_batch(images, index, device=None, flip=False, rng=None):
 
 # ---- Networks (Radford et al. 2016, section 3); shapes are those at the defaults -----------------
 LATENT_DIM, LEAKY_SLOPE = 100, 0.2
-# what differs with the image size: the channels of the maps from 4 x 4 on, as multiples of width,
-# down to 4 * width; 2 * width and width follow in every network
-DEEP = {32: (4,), 64: (8, 4), 128: (8, 8, 4), 256: (8, 8, 8, 4)}
+# for each image size the channels of the maps at 4 x 4, 8 x 8 and so on, as multiples of the width
+WIDTHS = {32: (4, 2, 1), 64: (8, 4, 2, 1), 128: (8, 8, 4, 2, 1), 256: (8, 8, 8, 4, 2, 1)}
 
-def deep_widths(image_size, width):
-    """The channels that DEEP has for this size; ValueError if it has none."""
-    if image_size not in DEEP:
-        raise ValueError(f"image_size {image_size} is not one of {list(DEEP)}")
-    return [factor * width for factor in DEEP[image_size]]
+def map_widths(image_size, width):
+    """The channels of the maps between latent and image, from 4 x 4 on; ValueError if unknown."""
+    if image_size not in WIDTHS:
+        raise ValueError(f"image_size {image_size} is not one of {list(WIDTHS)}")
+    return [factor * width for factor in WIDTHS[image_size]]
 
 def init_weights(module):
     """Normal weights of deviation 0.02 (Radford et al. 2016, section 4), batch norm's around 1."""
@@ -317,13 +316,13 @@ class Generator(nn.Sequential):
     With LeakyReLU, as in the lecture; `relu` is the paper's."""
 
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, relu=False):
-        deep = deep_widths(image_size, width)
+        widths = map_widths(image_size, width)
         super().__init__(
             nn.Unflatten(1, (latent_dim, 1, 1)),                    # 100 x  1 x  1
-            up(latent_dim, deep[0], relu, stride=1, padding=0),     # 512 x  4 x  4
-            *[up(*pair, relu) for pair in pairwise(deep)],          # 256 x  8 x  8, one at 64 px
-            up(4 * width, 2 * width, relu),                         # 128 x 16 x 16
-            up(2 * width, width, relu),                             #  64 x 32 x 32
+            up(latent_dim, widths[0], relu, stride=1, padding=0),   # 512 x  4 x  4
+            *[up(*pair, relu) for pair in pairwise(widths)],        # 256 x  8 x  8
+                                                                    # 128 x 16 x 16
+                                                                    #  64 x 32 x 32
             nn.ConvTranspose2d(width, channels, 4, 2, 1),           #   3 x 64 x 64
             nn.Tanh(),
         )
@@ -333,14 +332,14 @@ class Discriminator(nn.Sequential):
     """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
 
     def __init__(self, channels=3, width=64, image_size=64):
-        deep = deep_widths(image_size, width)[::-1]
+        widths = map_widths(image_size, width)[::-1]
         super().__init__(                                           #   3 x 64 x 64
             nn.Conv2d(channels, width, 4, 2, 1),                    #  64 x 32 x 32
             nn.LeakyReLU(LEAKY_SLOPE, True),
-            down(width, 2 * width),                                 # 128 x 16 x 16
-            down(2 * width, 4 * width),                             # 256 x  8 x  8
-            *[down(*pair) for pair in pairwise(deep)],              # 512 x  4 x  4, one at 64 px
-            nn.Conv2d(deep[-1], 1, 4),                              #   1 x  1 x  1
+            *[down(*pair) for pair in pairwise(widths)],            # 128 x 16 x 16
+                                                                    # 256 x  8 x  8
+                                                                    # 512 x  4 x  4
+            nn.Conv2d(widths[-1], 1, 4),                            #   1 x  1 x  1
             nn.Flatten(),                                           #   1
         )
         self.apply(init_weights)
@@ -402,21 +401,20 @@ def sample(G, latents):
     """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; G must be in eval mode."""
     return torch.cat([(G(z) * 127.5 + 127.5).round().byte().cpu() for z in latents.split(128)])
 
-def thumbnails(images):
-    """uint8 images, N x C x S x S -> floats in [-1, 1], N x (C * 16 * 16), averaged down."""
-    parts = [F.adaptive_avg_pool2d(part / 127.5 - 1, 16) for part in images.split(128)]
-    return torch.cat(parts).flatten(1)
+def project(images):
+    """uint8 images, N x C x S x S -> where they lie along 256 random directions, N x 256."""
+    rng = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(images[0].numel(), 256, generator=rng), dim=0)
+    return torch.cat([(part / 127.5 - 1).flatten(1) @ directions for part in images.split(128)])
 
 def compare(fake, real):
     """uint8 images -> sliced Wasserstein distance * 1000 (Rabin et al. 2011) and diversity.
 
     Diversity is the mean distance between two fakes over that between two reals."""
-    fake, real = thumbnails(fake), thumbnails(real)
+    fake, real = project(fake), project(real)
     n = min(len(fake), len(real))
-    rng = torch.Generator().manual_seed(0)
-    directions = F.normalize(torch.randn(fake.shape[1], 256, generator=rng), dim=0)
     # along one direction, the cheapest way to match two sets is in order
-    gaps = (fake[:n] @ directions).sort(0).values - (real[:n] @ directions).sort(0).values
+    gaps = fake[:n].sort(dim=0).values - real[:n].sort(dim=0).values
     swd = 1000 * gaps.abs().mean()
     return swd.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
 
@@ -506,6 +504,19 @@ class Run:
         self.real = images[order[:1024].to(images.device)].cpu()
         self.pictures = len(images)
         self.fingerprint = hashlib.sha256(self.real.numpy().tobytes()).hexdigest()
+
+    @property
+    def epoch(self):
+        """The number, from 1, of the epoch to which the latest step belongs."""
+        return (self.step - 1) // self.epoch_steps + 1
+
+    @property
+    def epoch_done(self):
+        return self.step % self.epoch_steps == 0
+
+    def measured(self):
+        """The rows of the log that end an epoch, with swd and diversity."""
+        return [row for row in self.log if "swd" in row]
 
     def state_dict(self):
         state = {"rng": self.rng.get_state()}
@@ -597,27 +608,36 @@ def load_shared(args, checkpoint):
         images = images.to(args.device)
     return images
 
-def warn(step, diversity, losses_d):
-    """Say what goes wrong, if anything, after an epoch with these losses of the discriminator."""
-    if step > 300 and diversity < 0.5:      # early on, all fakes are alike
+def lowest_swd(epochs):
+    """The best of some epochs, given as rows of the log; None if there is none."""
+    return min(epochs, key=lambda row: row["swd"], default=None)
+
+def warn(epochs, losses_d):
+    """Say what goes wrong, if anything, after the latest of these epochs, given as rows of the log.
+
+    `losses_d` are the discriminator's in its steps."""
+    latest, best = epochs[-1], lowest_swd(epochs)
+    if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
         report("warning: the generator collapses; try --lr-g nearer --lr-d or a lower --beta1")
     if losses_d.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
+    if lowest_swd(epochs[-5:])["swd"] > 1.25 * best["swd"]:
+        report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; try more "
+               "pictures or --flip")
 
 def log_losses(run, out):
     """Print a row and write log.csv; at an epoch's end with measures, pictures and warnings."""
-    epoch = (run.step - 1) // run.epoch_steps + 1
-    row = {"epoch": epoch, "step": run.step}
+    row = {"epoch": run.epoch, "step": run.step}
     row.update(zip(LOSSES, run.history[-1].tolist()))
-    if run.step == epoch * run.epoch_steps:
+    if run.epoch_done:
         fakes = sample(run.ema, run.latents)
         row["swd"], row["diversity"] = compare(fakes, run.real)
-        save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch:03d}.png")
+        save_image(fakes[:64] / 255, out / "samples" / f"epoch_{run.epoch:03d}.png")
         plot_losses(run.history[:, :2], run.epoch_steps, out / "losses.png")
     report(" ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
-    if "diversity" in row:
-        warn(run.step, row["diversity"], run.history[-run.epoch_steps:, 0])
     run.log.append({name: round(value, 4) for name, value in row.items()})
+    if run.epoch_done:
+        warn(run.measured(), run.history[-run.epoch_steps:, 0])
     with open(out / "log.csv", "w") as file:
         columns = ["epoch", "step", *LOSSES, "swd", "diversity"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -625,13 +645,20 @@ def log_losses(run, out):
         writer.writerows(run.log)
 
 def save_checkpoint(run, args):
-    """Write checkpoint.pt into args.out: the run, and the flags that shape it. Not in a dry run."""
+    """Write checkpoint.pt into args.out: the run, and the flags that shape it. Not in a dry run.
+
+    After the epoch with the lowest swd so far, best.pt too: its averaged generator."""
     if args.dry_run:
         return
-    others = {"out", "resume", "generate", "device", "dry_run"}
+    others = {"out", "resume", "generate", "last", "device", "dry_run"}
     settings = {name: value for name, value in vars(args).items() if name not in others}
+    best = lowest_swd(run.measured())
+    if best and best["step"] == run.step:
+        shape = {name: settings[name] for name in ("width", "image_size", "activation")}
+        with atomic_write(Path(args.out, "best.pt")) as path:
+            torch.save({"ema": run.ema.state_dict(), "settings": shape, "epoch": run.epoch}, path)
     with atomic_write(Path(args.out, "checkpoint.pt")) as path:
-        torch.save({**run.state_dict(), "settings": settings}, path)
+        torch.save({**run.state_dict(), "settings": settings, "epoch": run.epoch}, path)
 
 def start(args, checkpoint):
     """What a training begins with: its pictures, its Run and whether it computes in bf16."""
@@ -682,13 +709,12 @@ def train(args, checkpoint=None):
             run.step = step
             run.unread.append(losses)
             bar.update()
-            epoch_done = step % run.epoch_steps == 0
-            logged = epoch_done or step % args.log_interval == 0
+            logged = run.epoch_done or step % args.log_interval == 0
             if logged or stop:
                 run.read_losses()
             if logged:
                 log_losses(run, out)
-            if epoch_done or stop:
+            if run.epoch_done or stop:
                 save_checkpoint(run, args)
             if stop:
                 report(f"stopped after step {step}: go on with --resume")
@@ -698,7 +724,10 @@ def train(args, checkpoint=None):
         report(f"done: see {out}")
 
 def generate(checkpoint, count, folder, seed=42, device="cpu"):
-    """Write `count` pictures from a checkpoint into `folder`, and a grid of 64 beside it."""
+    """Write `count` pictures from a checkpoint into `folder`; beside it a grid of 64 and walk.png.
+
+    Each of its eight rows is a straight way between two latents: where all are faces, the network
+    has learnt rather than memorised (Radford et al. 2016, section 6.1)."""
     folder = Path(folder)
     G = build_generator(checkpoint["settings"])
     G.load_state_dict(checkpoint["ema"])
@@ -712,7 +741,10 @@ def generate(checkpoint, count, folder, seed=42, device="cpu"):
     for i, image in enumerate(tqdm(images, "generating", count, disable=None), 1):
         save_image(image / 255, folder / f"{i:06d}.png")
     save_image(sample(G, latents[:64]) / 255, f"{folder}.png")
-    report(f"{count} pictures in {folder}, a grid in {folder}.png")
+    begin, end = torch.randn(2, 8, 1, LATENT_DIM, generator=rng)
+    walk = begin.lerp(end, torch.linspace(0, 1, 8)[:, None])       # 8 x 8 x LATENT_DIM
+    save_image(sample(G, walk.flatten(0, 1).to(device)) / 255, folder.parent / "walk.png")
+    report(f"epoch {checkpoint['epoch']}: {count} pictures in {folder}, a grid in {folder}.png")
 
 # ---- The command line ----------------------------------------------------------------------------
 
@@ -751,7 +783,7 @@ def parse_args(argv=None, settings=None):
     count, share, rate = between(int, 1), between(float, 0, 1), between(float, 0)
     group = parser.add_argument_group("data")
     flag("--data", str, str(CELEBA_FOLDER), "folder or .zip of pictures, or toy")
-    flag("--image-size", int, 64, "in pixels", choices=DEEP)
+    flag("--image-size", int, 64, "in pixels", choices=WIDTHS)
     flag("--crop", count, None, "pixels of the centre crop (160 for CelebA, else all)")
     group = parser.add_argument_group("networks and training")
     flag("--width", count, 64, "channels at half the image size")
@@ -771,7 +803,8 @@ def parse_args(argv=None, settings=None):
     group = parser.add_argument_group("run")
     flag("--out", str, "out", "folder for everything that the run makes")
     switch("--resume", "go on from the checkpoint in --out")
-    flag("--generate", count, None, "write N pictures from it instead", metavar="N")
+    flag("--generate", count, None, "write N pictures from its best epoch instead", metavar="N")
+    switch("--last", "with --generate: from the last epoch")
     flag("--seed", between(int, 0, 2**63), 42, "decides all that is random")
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     flag("--device", existing_device, str(found), "cpu, cuda, cuda:1, mps, ...")
@@ -784,12 +817,15 @@ def read_checkpoint(argv, args):
     """The checkpoint in --out, and the command line again with its settings for defaults.
 
     UserError if there is none, or if the command line contradicts what shapes the run."""
+    best = args.generate and not args.last
+    path = Path(args.out, "best.pt" if best else "checkpoint.pt")
     try:
-        checkpoint = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
+        checkpoint = torch.load(path, "cpu", weights_only=True)
         settings = checkpoint["settings"]
-        checkpoint["fingerprint"]       # that of an earlier version has none
+        checkpoint["epoch"]         # that of an earlier version has none
     except Exception:
-        raise UserError(f"--out {args.out} holds no checkpoint.pt, or a damaged or older one")
+        hint = "; before the first epoch's end, --generate needs --last" if best else ""
+        raise UserError(f"{path} is not there, damaged or of an older version{hint}")
     args = parse_args(argv, settings)
     free = {"data", "epochs", "log_interval", "precision"}
     if args.generate:

@@ -79,15 +79,15 @@ def jpeg(image=None, color="red"):
     image.save(data, "JPEG", quality=90)
     return data.getvalue()
 
-def checkpoint(out):
-    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+def checkpoint(out, name="checkpoint.pt"):
+    return torch.load(Path(out, name), weights_only=True)
 
 def contents(out):
-    """Every file below a folder: bytes by name, a checkpoint as what it holds."""
+    """Every file below a folder: bytes by name, of a .pt what it holds."""
     files = {}
     for file in Path(out).rglob("*.*"):
         name = str(file.relative_to(out))
-        files[name] = checkpoint(out) if name == "checkpoint.pt" else file.read_bytes()
+        files[name] = checkpoint(out, name) if file.suffix == ".pt" else file.read_bytes()
     return files
 
 def same(a, b):
@@ -570,16 +570,16 @@ def do_at_step(monkeypatch, number, action):
 
     monkeypatch.setattr(dcgan, "train_step", train_step)
 
-def stop_at_step_7(monkeypatch, pictures, signum=signal.SIGINT, out="out"):
+def stop_at_step(number, monkeypatch, pictures, signum=signal.SIGINT, epochs=2):
     """A run of two epochs, interrupted in its second; the exit status."""
     with monkeypatch.context() as patch:
-        do_at_step(patch, 7, lambda: signal.raise_signal(signum))
+        do_at_step(patch, number, lambda: signal.raise_signal(signum))
         with pytest.raises(SystemExit) as stop:
-            run("--data", pictures, "--epochs", 2, "--out", out, *SMALL)
+            run("--data", pictures, "--epochs", epochs, *SMALL)
     return stop.value.code
 
 def test_files_of_a_run(finished, pictures):
-    assert contents(finished).keys() == FILES | GRIDS | {"checkpoint.pt"}
+    assert contents(finished).keys() == FILES | GRIDS | {"checkpoint.pt", "best.pt"}
     run("--data", pictures, "--dry-run", *SMALL)
     assert contents("out").keys() == FILES
     assert Image.open(finished / "samples.gif").n_frames == 3
@@ -613,7 +613,7 @@ def test_a_folder_with_a_run_is_not_trained_over(finished, pictures, capsys):
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_and_resume(signum, status, finished, pictures, monkeypatch):
-    assert stop_at_step_7(monkeypatch, pictures, signum) == status
+    assert stop_at_step(7, monkeypatch, pictures, signum) == status
     assert checkpoint("out")["step"] == 7
     run("--resume", "--epochs", 3, "--device", "cpu")
     assert same(contents("out"), contents(finished))        # bit for bit
@@ -662,7 +662,7 @@ def test_training_outside_the_main_thread(pictures):
     assert Path("out/samples.gif").exists()
 
 def test_resume_with_the_pictures_moved(finished, pictures, monkeypatch, capsys):
-    assert stop_at_step_7(monkeypatch, pictures) == 130
+    assert stop_at_step(7, monkeypatch, pictures) == 130
     shutil.copytree(pictures, "moved")
     run("--resume", "--epochs", 3, "--data", "moved", "--device", "cpu")
     assert "warning" not in capsys.readouterr().out
@@ -670,7 +670,7 @@ def test_resume_with_the_pictures_moved(finished, pictures, monkeypatch, capsys)
 
 def test_resume_with_other_pictures_warns_and_with_fewer_is_refused(pictures, monkeypatch, capsys):
     folder = shutil.copytree(pictures, "faces")
-    assert stop_at_step_7(monkeypatch, folder) == 130
+    assert stop_at_step(7, monkeypatch, folder) == 130
     shutil.copy("faces/001.png", "faces/000.png")
     run("--resume", "--device", "cpu")
     assert "warning: these are not the pictures" in capsys.readouterr().out
@@ -679,7 +679,7 @@ def test_resume_with_other_pictures_warns_and_with_fewer_is_refused(pictures, mo
     assert "39 readable pictures, 40 are needed" in line
 
 def test_resume_on_another_kind_of_device(pictures, monkeypatch, capsys):
-    assert stop_at_step_7(monkeypatch, pictures) == 130
+    assert stop_at_step(7, monkeypatch, pictures) == 130
     content = checkpoint("out")
     content["rng"] = torch.zeros(16, dtype=torch.uint8)         # as long as a GPU's
     torch.save(content, "out/checkpoint.pt")
@@ -688,7 +688,7 @@ def test_resume_on_another_kind_of_device(pictures, monkeypatch, capsys):
     assert checkpoint("out")["step"] == 10
 
 def test_checkpoint_alone_in_a_new_folder_is_resumed(finished, pictures, monkeypatch):
-    stop_at_step_7(monkeypatch, pictures)
+    stop_at_step(7, monkeypatch, pictures)
     for out, source in (("unfinished", "out"), ("finished", finished)):
         Path(out).mkdir()
         shutil.copy(Path(source, "checkpoint.pt"), out)
@@ -709,11 +709,10 @@ def test_animation_has_the_runs_own_epochs_in_order():
     assert shades == [epoch % 256 for epoch in (2, 101, 999, 1000)]
 
 def test_full_disk_at_a_checkpoint_keeps_the_last_one(pictures, monkeypatch, capsys):
-    save, calls = torch.save, []
+    save = torch.save
 
     def full_the_second_time(content, path):
-        calls.append(path)
-        if len(calls) == 2:
+        if content.get("step") == 10:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0")
         save(content, path)
 
@@ -740,7 +739,7 @@ def generate(*argv):
     return contents("generated")
 
 def test_generate(finished, capsys):
-    shutil.copy(finished / "checkpoint.pt", ".")
+    shutil.copy(finished / "best.pt", ".")
     first = generate(70)
     assert len(first) == 70
     assert Image.open("generated/000070.png").size == (32, 32)
@@ -748,13 +747,65 @@ def test_generate(finished, capsys):
     assert generate(70, "--seed", 7) != first
     assert Image.open("generated.png").size == (8 * 34 + 2, 8 * 34 + 2)
 
+def test_walk_goes_in_small_steps_from_one_picture_to_another(finished):
+    shutil.copy(finished / "best.pt", ".")
+    generate(1)
+    walk = T.PILToTensor()(Image.open("walk.png")).float()[:, 2:, 2:]
+    rows = walk.unfold(1, 32, 34).unfold(2, 32, 34).permute(1, 2, 0, 3, 4).flatten(2)
+    assert rows.shape == (8, 8, 3 * 32 * 32)
+    way = (rows[:, 7] - rows[:, 0]).norm(dim=1)
+    steps = (rows[:, 1:] - rows[:, :-1]).norm(dim=2)
+    assert (way > 1.5 * steps.max(dim=1).values).all()
+    assert (steps > 0).all()
+    assert (torch.cdist(rows[:, 0], rows[:, 0]) > 0).sum() == 8 * 7
+
+def measure(monkeypatch, *swds):
+    """Let the epochs' ends find these, whatever the pictures."""
+    values = iter(swds)
+    monkeypatch.setattr(dcgan, "compare", lambda *args: (next(values), 1.0))
+
+def test_the_epoch_of_the_lowest_swd_is_kept_and_drawn(finished, pictures, monkeypatch, capsys):
+    measure(monkeypatch, 30, 20, 25)
+    stop_at_step(12, monkeypatch, pictures, epochs=3)
+    run("--resume", "--device", "cpu")
+    assert same(checkpoint("out")["ema"], checkpoint(finished)["ema"])
+    best = checkpoint("out", "best.pt")
+    assert best["epoch"] == 2
+    measure(monkeypatch, 0, 0)
+    run("--data", pictures, "--epochs", 2, "--out", "two", *SMALL)
+    assert same(best["ema"], checkpoint("two")["ema"])
+    assert checkpoint("two", "best.pt")["epoch"] == 1           # of equal ones, the first
+    capsys.readouterr()
+
+    run("--out", "out", "--device", "cpu", "--generate", 3)
+    assert capsys.readouterr().out.startswith("epoch 2: 3 pictures in out/generated")
+    drawn = contents("out/generated")
+    run("--out", "two", "--device", "cpu", "--generate", 3, "--last")
+    assert contents("two/generated") == drawn
+    run("--out", "out", "--device", "cpu", "--generate", 3, "--last")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("epoch 3: ")
+    assert contents("out/generated") != drawn
+
+def test_a_kill_between_the_two_files_loses_nothing(finished, pictures, monkeypatch):
+    """The best comes first: the epoch of a checkpoint has been weighed."""
+    saved, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: saved.append(args[1].name) or save(*args))
+    measure(monkeypatch, 30, 20, 25)
+    run("--data", pictures, "--epochs", 3, *SMALL)
+    assert saved == ["best.pt", "checkpoint.pt"] * 2 + ["checkpoint.pt"]
+
 def test_generate_replaces_its_own_pictures_and_nobody_elses(finished, monkeypatch):
-    shutil.copy(finished / "checkpoint.pt", ".")
+    shutil.copy(finished / "best.pt", ".")
     generate(7)
     Path("generated/mine.png").write_text("precious")
     assert len(generate(5)) == 6
     monkeypatch.setenv("RANK", "1")
     assert len(generate(9)) == 6        # of several processes, only the first one writes
+
+def rows(*swds, step=301, diversity=0.9):
+    """The log's rows of epochs with these measures."""
+    return [{"epoch": epoch, "step": step, "swd": swd, "diversity": diversity}
+            for epoch, swd in enumerate(swds, 1)]
 
 @pytest.mark.parametrize("diversity, loss_d, told", [
     (0.1, 0.5, ["collapses"]),
@@ -765,15 +816,28 @@ def test_generate_replaces_its_own_pictures_and_nobody_elses(finished, monkeypat
 def test_warnings(capsys, diversity, loss_d, told):
     losses_d = torch.full((20,), 0.01)
     losses_d[7] = loss_d
-    dcgan.warn(301, diversity, losses_d)
+    dcgan.warn(rows(30, diversity=diversity), losses_d)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(told)
     for line, words in zip(lines, told):
         assert line.startswith("warning: ")
         assert words in line
         assert "--lr-d" in line
-    dcgan.warn(300, 0.1, torch.ones(20))        # too early to tell
+    dcgan.warn(rows(30, step=300, diversity=0.1), torch.ones(20))       # too early to tell
     assert capsys.readouterr().out == ""
+
+@pytest.mark.parametrize("swds, told", [
+    ([40, 20] + 4 * [30], False),           # not for long enough
+    ([40, 20] + 5 * [30], True),
+    ([40, 20] + 4 * [30] + [24], False),    # not clearly
+    ([40, 20] + 8 * [24], False),
+    ([40, 20] + 5 * [30] + [19], False),
+])
+def test_warning_past_the_best(swds, told, capsys):
+    dcgan.warn(rows(*swds), torch.ones(20))
+    out = capsys.readouterr().out
+    assert ("past its best, epoch 2," in out) == told
+    assert bool(out) == told
 
 def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
     monkeypatch.setattr(dcgan, "compare", lambda *args: (100, 0.1))
@@ -869,9 +933,10 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     ("--device abacus", "abacus"),
     ("--device meta", "meta"),
     ("--device hpu", "hpu"),
-    ("--generate 3 --out bad", "bad"),
-    ("--resume", "no checkpoint"),
-    ("--resume --out older", "older one"),
+    ("--generate 3 --out bad", "bad/best.pt is not there, damaged or of an older version; before"),
+    ("--generate 3 --last --out bad", "bad/checkpoint.pt is not there"),
+    ("--resume", "out/checkpoint.pt is not there"),
+    ("--resume --out older", "older version"),
     ("--image-size 65", "65"),
     ("--batch-size 0", ": 0"),
     ("--batch-size 41", "40 readable pictures, 41 are needed"),
