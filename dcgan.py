@@ -402,21 +402,23 @@ def sample(G, latents):
     return torch.cat([(G(z) * 127.5 + 127.5).round().byte().cpu() for z in latents.split(128)])
 
 def project(images):
-    """uint8 images, N x C x S x S -> where they lie along 256 random directions, N x 256."""
+    """uint8 images, N x C x S x S -> where they lie along 128 random directions, N x 128."""
     rng = torch.Generator().manual_seed(0)
-    directions = F.normalize(torch.randn(images[0].numel(), 256, generator=rng), dim=0)
+    directions = F.normalize(torch.randn(images[0].numel(), 128, generator=rng), dim=0)
     return torch.cat([(part / 127.5 - 1).flatten(1) @ directions for part in images.split(128)])
 
 def compare(fake, real):
-    """uint8 images -> sliced Wasserstein distance * 1000 (Rabin et al. 2011) and diversity.
+    """uint8 images, N x C x S x S -> Frechet distance and diversity, both of their projections.
 
-    Diversity is the mean distance between two fakes over that between two reals."""
-    fake, real = project(fake), project(real)
-    n = min(len(fake), len(real))
-    # along one direction, the cheapest way to match two sets is in order
-    gaps = fake[:n].sort(dim=0).values - real[:n].sort(dim=0).values
-    swd = 1000 * gaps.abs().mean()
-    return swd.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
+    The distance is FID's (Heusel et al. 2017), where it is one of Inception's features: between
+    two normal distributions with the means and covariances of either set. Diversity is the mean
+    distance between two fakes over that between two reals."""
+    fake, real = project(fake).double(), project(real).double()
+    cov_fake, cov_real = fake.T.cov(correction=0), real.T.cov(correction=0)
+    shared = torch.linalg.eigvals(cov_fake @ cov_real).real.clamp(min=0).sqrt().sum()
+    frechet = (fake.mean(0) - real.mean(0)).square().sum()
+    frechet += cov_fake.trace() + cov_real.trace() - 2 * shared
+    return frechet.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
 
 def plot_losses(losses, epoch_steps, path):
     """Draw loss_d and loss_g (steps x 2) over epochs, their range light and their mean bold."""
@@ -515,8 +517,8 @@ class Run:
         return self.step % self.epoch_steps == 0
 
     def measured(self):
-        """The rows of the log that end an epoch, with swd and diversity."""
-        return [row for row in self.log if "swd" in row]
+        """The rows of the log that end an epoch, with both measures."""
+        return [row for row in self.log if "frechet" in row]
 
     def state_dict(self):
         state = {"rng": self.rng.get_state()}
@@ -608,20 +610,20 @@ def load_shared(args, checkpoint):
         images = images.to(args.device)
     return images
 
-def lowest_swd(epochs):
+def best_epoch(epochs):
     """The best of some epochs, given as rows of the log; None if there is none."""
-    return min(epochs, key=lambda row: row["swd"], default=None)
+    return min(epochs, key=lambda row: row["frechet"], default=None)
 
 def warn(epochs, losses_d):
     """Say what goes wrong, if anything, after the latest of these epochs, given as rows of the log.
 
     `losses_d` are the discriminator's in its steps."""
-    latest, best = epochs[-1], lowest_swd(epochs)
+    latest, best = epochs[-1], best_epoch(epochs)
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
         report("warning: the generator collapses; try --lr-g nearer --lr-d or a lower --beta1")
     if losses_d.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
-    if lowest_swd(epochs[-5:])["swd"] > 1.25 * best["swd"]:
+    if best_epoch(epochs[-5:])["frechet"] > 1.25 * best["frechet"]:
         report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; try more "
                "pictures or --flip")
 
@@ -631,7 +633,7 @@ def log_losses(run, out):
     row.update(zip(LOSSES, run.history[-1].tolist()))
     if run.epoch_done:
         fakes = sample(run.ema, run.latents)
-        row["swd"], row["diversity"] = compare(fakes, run.real)
+        row["frechet"], row["diversity"] = compare(fakes, run.real)
         save_image(fakes[:64] / 255, out / "samples" / f"epoch_{run.epoch:03d}.png")
         plot_losses(run.history[:, :2], run.epoch_steps, out / "losses.png")
     report(" ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
@@ -639,7 +641,7 @@ def log_losses(run, out):
     if run.epoch_done:
         warn(run.measured(), run.history[-run.epoch_steps:, 0])
     with open(out / "log.csv", "w") as file:
-        columns = ["epoch", "step", *LOSSES, "swd", "diversity"]
+        columns = ["epoch", "step", *LOSSES, "frechet", "diversity"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(run.log)
@@ -647,12 +649,12 @@ def log_losses(run, out):
 def save_checkpoint(run, args):
     """Write checkpoint.pt into args.out: the run, and the flags that shape it. Not in a dry run.
 
-    After the epoch with the lowest swd so far, best.pt too: its averaged generator."""
+    After the epoch with the lowest Frechet distance so far, best.pt too: its averaged generator."""
     if args.dry_run:
         return
     others = {"out", "resume", "generate", "last", "device", "dry_run"}
     settings = {name: value for name, value in vars(args).items() if name not in others}
-    best = lowest_swd(run.measured())
+    best = best_epoch(run.measured())
     if best and best["step"] == run.step:
         shape = {name: settings[name] for name in ("width", "image_size", "activation")}
         with atomic_write(Path(args.out, "best.pt")) as path:

@@ -250,13 +250,20 @@ def test_a_small_network_learns_toy_faces():
         batch = dcgan.to_batch(real, torch.randint(1024, (32,)))
         dcgan.train_step(G.train(), D, *optimizers, batch)
     after, diversity = dcgan.compare(dcgan.sample(G.eval(), latents), real)
-    assert after < before / 2
+    assert after < 0.75 * before
     assert diversity > 0.6
+
+def test_frechet_distance_of_distributions_for_which_it_is_known():
+    torch.manual_seed(0)
+    noise = torch.randint(0, 256, (2048, 3, 16, 16)).byte()
+    assert dcgan.compare(noise, noise)[0] == pytest.approx(0, abs=1e-6)
+    narrow = noise // 2 + 64        # half the deviation, which is (1 / 3) ** 0.5
+    assert dcgan.compare(narrow, noise)[0] == pytest.approx(128 / 3 / 4, rel=0.1)
+    black, white = torch.zeros_like(noise), torch.full_like(noise, 255)
+    assert dcgan.compare(black, white)[0] == pytest.approx(128 * 2**2, rel=0.2)
 
 def test_measures_know_the_real_from_the_collapsed():
     real = dcgan.toy_faces(1024, 32)
-    black, white = torch.zeros_like(real), torch.full_like(real, 255)
-    assert dcgan.compare(black, white)[0] == pytest.approx(2000 * (2 / torch.pi) ** 0.5, rel=0.1)
     near, wide = dcgan.compare(real[:512], real[512:])
     far, _ = dcgan.compare(255 - real[:512], real[512:])
     _, collapsed = dcgan.compare(real[:1].expand(512, -1, -1, -1), real)
@@ -588,7 +595,7 @@ def test_log_has_a_row_per_interval_and_the_measures_per_epoch(finished):
     with open(finished / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == "2 4 5 6 8 10 12 14 15".split()
-    assert [row["step"] for row in rows if row["swd"]] == ["5", "10", "15"]
+    assert [row["step"] for row in rows if row["frechet"]] == ["5", "10", "15"]
     assert [row["epoch"] for row in rows] == list("111222333")
     history = checkpoint(finished)["history"]
     assert history.shape == (15, 4)
@@ -759,12 +766,12 @@ def test_walk_goes_in_small_steps_from_one_picture_to_another(finished):
     assert (steps > 0).all()
     assert (torch.cdist(rows[:, 0], rows[:, 0]) > 0).sum() == 8 * 7
 
-def measure(monkeypatch, *swds):
+def measure(monkeypatch, *distances):
     """Let the epochs' ends find these, whatever the pictures."""
-    values = iter(swds)
+    values = iter(distances)
     monkeypatch.setattr(dcgan, "compare", lambda *args: (next(values), 1.0))
 
-def test_the_epoch_of_the_lowest_swd_is_kept_and_drawn(finished, pictures, monkeypatch, capsys):
+def test_the_best_epoch_is_kept_and_drawn(finished, pictures, monkeypatch, capsys):
     measure(monkeypatch, 30, 20, 25)
     stop_at_step(12, monkeypatch, pictures, epochs=3)
     run("--resume", "--device", "cpu")
@@ -802,10 +809,10 @@ def test_generate_replaces_its_own_pictures_and_nobody_elses(finished, monkeypat
     monkeypatch.setenv("RANK", "1")
     assert len(generate(9)) == 6        # of several processes, only the first one writes
 
-def rows(*swds, step=301, diversity=0.9):
+def rows(*distances, step=301, diversity=0.9):
     """The log's rows of epochs with these measures."""
-    return [{"epoch": epoch, "step": step, "swd": swd, "diversity": diversity}
-            for epoch, swd in enumerate(swds, 1)]
+    return [{"epoch": epoch, "step": step, "frechet": distance, "diversity": diversity}
+            for epoch, distance in enumerate(distances, 1)]
 
 @pytest.mark.parametrize("diversity, loss_d, told", [
     (0.1, 0.5, ["collapses"]),
@@ -826,15 +833,15 @@ def test_warnings(capsys, diversity, loss_d, told):
     dcgan.warn(rows(30, step=300, diversity=0.1), torch.ones(20))       # too early to tell
     assert capsys.readouterr().out == ""
 
-@pytest.mark.parametrize("swds, told", [
+@pytest.mark.parametrize("distances, told", [
     ([40, 20] + 4 * [30], False),           # not for long enough
     ([40, 20] + 5 * [30], True),
     ([40, 20] + 4 * [30] + [24], False),    # not clearly
     ([40, 20] + 8 * [24], False),
     ([40, 20] + 5 * [30] + [19], False),
 ])
-def test_warning_past_the_best(swds, told, capsys):
-    dcgan.warn(rows(*swds), torch.ones(20))
+def test_warning_past_the_best(distances, told, capsys):
+    dcgan.warn(rows(*distances), torch.ones(20))
     out = capsys.readouterr().out
     assert ("past its best, epoch 2," in out) == told
     assert bool(out) == told
