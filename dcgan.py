@@ -6,9 +6,8 @@
     python dcgan.py --generate 1000             pictures from the checkpoint in out/
 
 Read train_step first, it is the whole game. Then from top to bottom, in the order in which data
-flows: pictures, networks, the step, measures, the run, the command line, where main is. What only
-reality asks for may be skipped: list_pictures to find_pictures, map_cache, signals to
-load_shared.
+flows: pictures, networks, the step, measures, the run, the command line, where main is. What is not
+about GANs may be skipped: list_pictures to find_pictures, map_cache, signals to load_shared.
 
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et
 al. 2016, ganhacks; Liu et al. 2015, CelebA.
@@ -254,14 +253,14 @@ def load_images(path, image_size=64, crop=None):
             file.write(key)
     return map_cache(cache, key, image_size)
 
-def shuffled(count, batch_size, first, last, seed=42, device="cpu"):
-    """Yield (step, indices of its batch) for the steps after `first`, up to `last`.
+def shuffled(count, batch_size, done, last, seed=42, device="cpu"):
+    """Yield (step, indices of its batch) for the steps after `done`, up to `last`.
 
     Each epoch has an order of its own, which its number and the seed decide."""
     batches = count // batch_size
-    for step in range(first + 1, last + 1):
+    for step in range(done + 1, last + 1):
         epoch, i = divmod(step - 1, batches)
-        if i == 0 or step == first + 1:
+        if i == 0 or step == done + 1:
             rng = torch.Generator().manual_seed(seed + epoch)
             order = torch.randperm(count, generator=rng).to(device)
         yield step, order[i * batch_size:(i + 1) * batch_size]
@@ -351,16 +350,18 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
 
     G maps latents N x latent_dim to images, D images to logits N x 1, both in autocast if `bf16`.
-    Returns loss_d, loss_g and the means of D(x) and D(G(z)) as a tensor of four, on the device."""
+    D(x) is the sigmoid of a logit: how probably real. Returns loss_d, loss_g and the means of D(x)
+    and D(G(z)), both before D's update, as a tensor of four on the device."""
     n, device = len(real), real.device
     bce = F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     # two masks, n x 1: whose label to swap
     swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
-    real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)        # one-sided
+    real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)    # only these are smoothed
     fake_labels = torch.where(swap_fake, 1.0 - label_smoothing, 0.0)
 
-    # Discriminator: maximise log D(x) + log(1 - D(G(z))); one batch each, for batch norm's sake
+    # Discriminator: maximise log D(x) + log(1 - D(G(z))), of which bce is the negative. Real and
+    # fake make a batch each, or batch norm would mix their statistics
     with autocast:
         fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
         real_logits = D(real).float()
@@ -387,7 +388,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 
 @torch.no_grad()
 def update_average(average, G, decay):
-    """Move `average`, a copy of G, towards it: averaged weights draw better than the latest."""
+    """Move `average`, a copy of G, towards G: averaged weights draw better than the latest."""
     for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
         if mean.is_floating_point():        # batch norm's statistics, too
             mean.lerp_(latest, 1 - decay)
@@ -408,17 +409,18 @@ def project(images):
     return torch.cat([(part / 127.5 - 1).flatten(1) @ directions for part in images.split(128)])
 
 def compare(fake, real):
-    """uint8 images, N x C x S x S -> Frechet distance and diversity, both of their projections.
+    """uint8 images, N x C x S x S -> Frechet distance (lower is better), diversity (1 is healthy).
 
-    The distance is FID's (Heusel et al. 2017), where it is one of Inception's features: between
-    two normal distributions with the means and covariances of either set. Diversity is the mean
-    distance between two fakes over that between two reals."""
+    The distance is FID's (Heusel et al. 2017), between two normal distributions with the means and
+    covariances of either set, but of projections of the pixels instead of Inception's features.
+    Diversity is the mean distance between two fakes over that between two reals."""
     fake, real = project(fake).double(), project(real).double()
     cov_fake, cov_real = fake.T.cov(correction=0), real.T.cov(correction=0)
-    shared = torch.linalg.eigvals(cov_fake @ cov_real).real.clamp(min=0).sqrt().sum()
-    frechet = (fake.mean(0) - real.mean(0)).square().sum()
-    frechet += cov_fake.trace() + cov_real.trace() - 2 * shared
-    return frechet.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
+    # the trace of a product's square root is the sum of its eigenvalues' roots
+    trace_sqrt = torch.linalg.eigvals(cov_fake @ cov_real).real.clamp(min=0).sqrt().sum()
+    gap = (fake.mean(0) - real.mean(0)).square().sum()
+    distance = gap + cov_fake.trace() + cov_real.trace() - 2 * trace_sqrt
+    return distance.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
 
 def plot_losses(losses, epoch_steps, path):
     """Draw loss_d and loss_g (steps x 2) over epochs, their range light and their mean bold."""
@@ -431,7 +433,8 @@ def plot_losses(losses, epoch_steps, path):
         draw.line((60, y, 60 + width, y), "#ddd")
         draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
         draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
-    samples = max(4, len(losses) // width + 1) * width      # no fewer than steps
+    # each column of pixels shows the range and the mean of four values or more
+    samples = max(4, len(losses) // width + 1) * width
     legend = ("discriminator loss", "#1f5fa8"), ("generator loss", "#d2691e")
     for i, (name, color) in enumerate(legend):
         y = 410 - losses[None, None, :, i].clamp(max=highest) * height / highest
@@ -452,7 +455,7 @@ def animate(folder, epochs, path):
         first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
 
 # ---- The run -------------------------------------------------------------------------------------
-LOSSES = "loss_d", "loss_g", "D(x)", "D(G(z))"
+RECORDED = "loss_d", "loss_g", "D(x)", "D(G(z))"
 
 def native_bf16(device):
     """Whether the device itself computes in bfloat16, rather than by emulation."""
@@ -496,8 +499,8 @@ class Run:
         self.last_step = self.epoch_steps * epochs
         self.step = 0
         self.log = []                           # the rows of log.csv
-        self.history = torch.empty(0, 4)        # a row of LOSSES a step
-        self.unread = []        # the latest of them, on the device: to read each would mean to wait
+        self.history = torch.empty(0, 4)        # a row of RECORDED a step
+        self.unread = []        # the latest of them, on the device: copying each would stall it
 
         # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
@@ -592,13 +595,14 @@ def load_shared(args, checkpoint):
     """The pictures of --data; with torchrun, one process on each machine prepares them.
 
     UserError if they are fewer than a batch, or not as many as the checkpoint's run has."""
-    if from_torchrun("LOCAL_RANK") > 0:     # waits for the first; no Python runs to handle a signal
+    # the others wait for the first in init_process_group, where Python's handlers do not run
+    if from_torchrun("LOCAL_RANK") > 0:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         dist.init_process_group()
     images = load_images(args.data, args.image_size, args.crop)
-    if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:     # they are there
-        dist.init_process_group()
+    if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:
+        dist.init_process_group()       # the cache is there: the others may go on
     needed = args.batch_size
     enough = len(images) >= needed
     if checkpoint:
@@ -610,27 +614,27 @@ def load_shared(args, checkpoint):
         images = images.to(args.device)
     return images
 
-def best_epoch(epochs):
-    """The best of some epochs, given as rows of the log; None if there is none."""
-    return min(epochs, key=lambda row: row["frechet"], default=None)
+def best_epoch(rows):
+    """Of the log's rows that end an epoch, the one with the lowest Frechet distance, or None."""
+    return min(rows, key=lambda row: row["frechet"], default=None)
 
-def warn(epochs, losses_d):
-    """Say what goes wrong, if anything, after the latest of these epochs, given as rows of the log.
+def warn(rows, losses_d):
+    """Say what goes wrong, if anything, after the latest of the epochs that these rows end.
 
-    `losses_d` are the discriminator's in its steps."""
-    latest, best = epochs[-1], best_epoch(epochs)
+    `losses_d` are the discriminator's in the steps of that epoch."""
+    latest, best = rows[-1], best_epoch(rows)
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
-        report("warning: the generator collapses; try --lr-g nearer --lr-d or a lower --beta1")
+        report("warning: the generator collapses; try --lr-g 4e-4 --lr-d 4e-4 or a lower --beta1")
     if losses_d.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
-    if best_epoch(epochs[-5:])["frechet"] > 1.25 * best["frechet"]:
+    if best_epoch(rows[-5:])["frechet"] > 1.25 * best["frechet"]:       # all five are worse
         report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; try more "
                "pictures or --flip")
 
 def log_losses(run, out):
     """Print a row and write log.csv; at an epoch's end with measures, pictures and warnings."""
     row = {"epoch": run.epoch, "step": run.step}
-    row.update(zip(LOSSES, run.history[-1].tolist()))
+    row.update(zip(RECORDED, run.history[-1].tolist()))
     if run.epoch_done:
         fakes = sample(run.ema, run.latents)
         row["frechet"], row["diversity"] = compare(fakes, run.real)
@@ -641,24 +645,24 @@ def log_losses(run, out):
     if run.epoch_done:
         warn(run.measured(), run.history[-run.epoch_steps:, 0])
     with open(out / "log.csv", "w") as file:
-        columns = ["epoch", "step", *LOSSES, "frechet", "diversity"]
+        columns = ["epoch", "step", *RECORDED, "frechet", "diversity"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(run.log)
 
 def save_checkpoint(run, args):
-    """Write checkpoint.pt into args.out: the run, and the flags that shape it. Not in a dry run.
+    """Write checkpoint.pt into args.out, all that --resume needs. Not in a dry run.
 
-    After the epoch with the lowest Frechet distance so far, best.pt too: its averaged generator."""
+    After the best epoch so far, best.pt before it, for --generate: the averaged generator."""
     if args.dry_run:
         return
-    others = {"out", "resume", "generate", "last", "device", "dry_run"}
-    settings = {name: value for name, value in vars(args).items() if name not in others}
+    unsaved = {"out", "resume", "generate", "last", "device", "dry_run"}
+    settings = {name: value for name, value in vars(args).items() if name not in unsaved}
     best = best_epoch(run.measured())
     if best and best["step"] == run.step:
-        shape = {name: settings[name] for name in ("width", "image_size", "activation")}
+        few = {name: settings[name] for name in ("width", "image_size", "activation", "seed")}
         with atomic_write(Path(args.out, "best.pt")) as path:
-            torch.save({"ema": run.ema.state_dict(), "settings": shape, "epoch": run.epoch}, path)
+            torch.save({"ema": run.ema.state_dict(), "settings": few, "epoch": run.epoch}, path)
     with atomic_write(Path(args.out, "checkpoint.pt")) as path:
         torch.save({**run.state_dict(), "settings": settings, "epoch": run.epoch}, path)
 
@@ -705,20 +709,22 @@ def train(args, checkpoint=None):
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch,
                                 bf16=bf16, fresh_noise=args.fresh_noise, rng=run.rng,
                                 label_smoothing=args.label_smoothing, flip_labels=args.flip_labels)
-            update_average(run.ema, run.G, min(args.ema, step / (9 + step)))        # short at first
+            # a smaller decay at first, for the first weights are random
+            update_average(run.ema, run.G, min(args.ema, step / (9 + step)))
             if rank > 0:
                 continue
             run.step = step
             run.unread.append(losses)
             bar.update()
             logged = run.epoch_done or step % args.log_interval == 0
-            if logged or stop:
+            stopping = bool(stop)       # asked once, for the signal may come at any time
+            if logged or stopping:
                 run.read_losses()
             if logged:
                 log_losses(run, out)
-            if run.epoch_done or stop:
+            if run.epoch_done or stopping:
                 save_checkpoint(run, args)
-            if stop:
+            if stopping:
                 report(f"stopped after step {step}: go on with --resume")
                 raise SystemExit(128 + stop[0])
     if rank == 0:
@@ -728,8 +734,8 @@ def train(args, checkpoint=None):
 def generate(checkpoint, count, folder, seed=42, device="cpu"):
     """Write `count` pictures from a checkpoint into `folder`; beside it a grid of 64 and walk.png.
 
-    Each of its eight rows is a straight way between two latents: where all are faces, the network
-    has learnt rather than memorised (Radford et al. 2016, section 6.1)."""
+    Each row of the walk goes straight from one latent to another. A gradual change speaks for
+    learning, a sudden one for memorising (Radford et al. 2016, section 6.1)."""
     folder = Path(folder)
     G = build_generator(checkpoint["settings"])
     G.load_state_dict(checkpoint["ema"])
@@ -738,14 +744,14 @@ def generate(checkpoint, count, folder, seed=42, device="cpu"):
     for file in folder.glob(f"{'[0-9]' * 6}.png"):      # an earlier call's
         file.unlink()
     rng = torch.Generator().manual_seed(seed)
+    begin, end = torch.randn(2, 8, 1, LATENT_DIM, generator=rng)
+    walk = begin.lerp(end, torch.linspace(0, 1, 8)[:, None])       # 8 x 8 x LATENT_DIM
+    save_image(sample(G, walk.flatten(0, 1).to(device)) / 255, folder.parent / "walk.png")
     latents = torch.randn(count, LATENT_DIM, generator=rng).to(device)
     images = (image for part in latents.split(128) for image in sample(G, part))
     for i, image in enumerate(tqdm(images, "generating", count, disable=None), 1):
         save_image(image / 255, folder / f"{i:06d}.png")
     save_image(sample(G, latents[:64]) / 255, f"{folder}.png")
-    begin, end = torch.randn(2, 8, 1, LATENT_DIM, generator=rng)
-    walk = begin.lerp(end, torch.linspace(0, 1, 8)[:, None])       # 8 x 8 x LATENT_DIM
-    save_image(sample(G, walk.flatten(0, 1).to(device)) / 255, folder.parent / "walk.png")
     report(f"epoch {checkpoint['epoch']}: {count} pictures in {folder}, a grid in {folder}.png")
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -805,8 +811,8 @@ def parse_args(argv=None, settings=None):
     group = parser.add_argument_group("run")
     flag("--out", str, "out", "folder for everything that the run makes")
     switch("--resume", "go on from the checkpoint in --out")
-    flag("--generate", count, None, "write N pictures from its best epoch instead", metavar="N")
-    switch("--last", "with --generate: from the last epoch")
+    flag("--generate", count, None, "write N pictures from the run's best epoch", metavar="N")
+    switch("--last", "with --generate: from where the run stands")
     flag("--seed", between(int, 0, 2**63), 42, "decides all that is random")
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     flag("--device", existing_device, str(found), "cpu, cuda, cuda:1, mps, ...")
@@ -824,12 +830,12 @@ def read_checkpoint(argv, args):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         settings = checkpoint["settings"]
-        checkpoint["epoch"]         # that of an earlier version has none
+        checkpoint["epoch"]         # a KeyError for that of an older version
     except Exception:
-        hint = "; before the first epoch's end, --generate needs --last" if best else ""
+        hint = "; --last needs no best.pt" if best else ""
         raise UserError(f"{path} is not there, damaged or of an older version{hint}")
     args = parse_args(argv, settings)
-    free = {"data", "epochs", "log_interval", "precision"}
+    free = {"data", "epochs", "log_interval", "precision"}      # may differ from the run's
     if args.generate:
         free.add("seed")
     for name, value in settings.items():
@@ -848,7 +854,7 @@ def main(argv=None):
                 train(args, checkpoint)
             elif from_torchrun("RANK") == 0:
                 generate(checkpoint, args.generate, f"{args.out}/generated", args.seed, args.device)
-        except (UserError, OSError, BadZipFile) as error:
+        except (UserError, OSError, BadZipFile, torch.OutOfMemoryError) as error:
             fail(error)
 
 if __name__ == "__main__":

@@ -765,6 +765,9 @@ def test_walk_goes_in_small_steps_from_one_picture_to_another(finished):
     assert (way > 1.5 * steps.max(dim=1).values).all()
     assert (steps > 0).all()
     assert (torch.cdist(rows[:, 0], rows[:, 0]) > 0).sum() == 8 * 7
+    same_walk = Path("walk.png").read_bytes()
+    generate(5)
+    assert Path("walk.png").read_bytes() == same_walk
 
 def measure(monkeypatch, *distances):
     """Let the epochs' ends find these, whatever the pictures."""
@@ -854,6 +857,13 @@ def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
     assert out.count("has won") == 8
     assert out.count("collapses") == 1
 
+def test_a_gpu_that_is_too_small_is_one_line(pictures, monkeypatch, capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+    do_at_step(monkeypatch, 7, full)
+    assert "out of memory" in error_of(capsys, "--data", pictures, "--epochs", 2, *SMALL)
+    assert checkpoint("out")["step"] == 5
+
 @pytest.mark.parametrize("where", ["losses", "generator", "discriminator"])
 def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(where, pictures, monkeypatch,
                                                                   capsys):
@@ -940,7 +950,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     ("--device abacus", "abacus"),
     ("--device meta", "meta"),
     ("--device hpu", "hpu"),
-    ("--generate 3 --out bad", "bad/best.pt is not there, damaged or of an older version; before"),
+    ("--generate 3 --out bad", "bad/best.pt is not there, damaged or of an older version; --last"),
     ("--generate 3 --last --out bad", "bad/checkpoint.pt is not there"),
     ("--resume", "out/checkpoint.pt is not there"),
     ("--resume --out older", "older version"),
