@@ -781,6 +781,8 @@ def test_the_best_epoch_is_kept_and_drawn(finished, pictures, monkeypatch, capsy
     assert same(checkpoint("out")["ema"], checkpoint(finished)["ema"])
     best = checkpoint("out", "best.pt")
     assert best["epoch"] == 2
+    few = {"width": 8, "image_size": 32, "activation": "leaky_relu", "seed": 42}
+    assert best["settings"] == few
     measure(monkeypatch, 0, 0)
     run("--data", pictures, "--epochs", 2, "--out", "two", *SMALL)
     assert same(best["ema"], checkpoint("two")["ema"])
