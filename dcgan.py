@@ -672,7 +672,7 @@ def start(args, checkpoint):
     out = Path(args.out)
     if args.batch_size % ranks:
         raise UserError(f"{ranks} processes cannot share --batch-size {args.batch_size} evenly")
-    if not checkpoint and (out / "checkpoint.pt").exists():
+    if not checkpoint and any(out.glob("*.pt")):
         raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
     images = load_shared(args, checkpoint)
     run = Run(args, images)

@@ -617,6 +617,9 @@ def test_a_folder_with_a_run_is_not_trained_over(finished, pictures, capsys):
     assert "--resume" in error_of(capsys, "--data", pictures, "--out", finished, *SMALL)
     assert "--width 8" in error_of(capsys, "--resume", "--out", finished, "--width", 4, *SMALL[-2:])
     assert same(contents(finished), before)
+    Path("best").mkdir()
+    shutil.copy(finished / "best.pt", "best")
+    assert "--out best holds a run" in error_of(capsys, "--data", pictures, "--out", "best", *SMALL)
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_and_resume(signum, status, finished, pictures, monkeypatch):
