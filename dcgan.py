@@ -423,26 +423,25 @@ def compare(fake, real):
     return distance.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
 
 def plot_losses(losses, epoch_steps, path):
-    """Draw loss_d and loss_g (steps x 2) over epochs, their range light and their mean bold."""
-    image, width, height = Image.new("RGB", (800, 450), "white"), 700, 350
-    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(14)
+    """Draw loss_d and loss_g (steps x 2) over epochs: every step light, a moving mean bold."""
+    image = Image.new("RGB", (800, 450), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     highest = int(losses.quantile(0.995) + 1.1)         # what is rarely higher is cut
     epochs = len(losses) / epoch_steps
     for fifth in range(6):
-        x, y = 60 + width * fifth / 5, 410 - height * fifth / 5
-        draw.line((60, y, 60 + width, y), "#ddd")
+        x, y = 60 + 140 * fifth, 410 - 70 * fifth
+        draw.line((60, y, 760, y), "#ddd")
         draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
         draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
-    # each column of pixels shows the range and the mean of four values or more
-    samples = max(4, len(losses) // width + 1) * width
+    x = torch.linspace(60, 760, len(losses)).tolist()
+    y = 410 - 350 * losses.T.clamp(max=highest) / highest       # 2 x steps
+    side = len(losses) // 100       # steps on either side over which the mean goes
+    means = F.avg_pool1d(y, 2 * side + 1, 1, side, count_include_pad=False)
+    for curve, light in zip(y.tolist(), ("#c5d5ea", "#f5d5c0")):
+        draw.line(list(zip(x, curve)), light)
     legend = ("discriminator loss", "#1f5fa8"), ("generator loss", "#d2691e")
     for i, (name, color) in enumerate(legend):
-        y = 410 - losses[None, None, :, i].clamp(max=highest) * height / highest
-        columns = F.interpolate(y, samples, mode="linear").view(width, -1)
-        for x, column in enumerate(columns, 60):
-            draw.line((x, column.min(), x, column.max()), f"{color}50")
-        mean = F.avg_pool1d(columns.mean(1)[None], 15, 1, 7, count_include_pad=False)[0]
-        draw.line(list(enumerate(mean.tolist(), 60)), color, 3)
+        draw.line(list(zip(x, means[i].tolist())), color, 3)
         draw.text((60 + 200 * i, 30), name, color, font, "lm")
     image.save(path)
 
