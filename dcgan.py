@@ -7,7 +7,8 @@
 
 Read train_step first, it is the whole game. Then from top to bottom, in the order in which data
 flows: pictures, networks, the step, measures, the run, the command line, where main is. What is not
-about GANs may be skipped: list_pictures to find_pictures, map_cache, signals to load_shared.
+about GANs may be skipped: list_pictures to find_pictures, map_cache to write_cache, signals to
+load_shared.
 
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et
 al. 2016, ganhacks; Heusel et al. 2017, arXiv:1706.08500; Liu et al. 2015, CelebA.
@@ -55,8 +56,10 @@ def from_torchrun(name, default=0):
     return int(os.environ.get(name, default))
 
 def report(text, file=None):
-    """Print one line, above a progress bar if there is one; one process on each machine does."""
-    if from_torchrun("LOCAL_RANK") == 0:
+    """Print one line, above a progress bar if there is one.
+
+    To standard output, the first process on each machine prints alone."""
+    if file or from_torchrun("LOCAL_RANK") == 0:
         tqdm.write(" ".join(str(text).split()), file)
         sys.stdout.flush()
 
@@ -76,7 +79,8 @@ SILENCE = 30        # seconds without a byte after which a source is given up
 
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
-    rng, faces = random.Random(0), []
+    rng = random.Random(0)
+    faces = []
     side = 2 * image_size       # drawn at twice the size, then reduced: smooth edges
     for _ in range(count):
         size, skin = side * rng.uniform(0.7, 1), rng.randint(45, 85)
@@ -111,13 +115,13 @@ def list_pictures(source):
 
 @contextmanager
 def atomic_write(path, needed=0):
-    """Yield a path to write to; the file moves to `path` when the block has ended well, else goes.
+    """Yield a path to write to; at the end the file moves to `path`, or goes if the block failed.
 
     UserError if fewer than `needed` bytes are free, or if writing fails."""
     host = platform.node()
     for folder in path.parent.glob(f".dcgan-*@{host}"):
         try:
-            os.kill(int(folder.name.split("-")[1]), 0)      # does its process still run?
+            os.kill(int(folder.name.split("-")[1]), 0)      # is its process still running?
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except PermissionError:     # yes, and it is somebody else's
@@ -145,7 +149,8 @@ def fetch(url, path):
 
 def download_celeba(archive):
     """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them: all or nothing."""
-    reasons, usual_timeout = [], socket.getdefaulttimeout()
+    reasons = []
+    usual_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
         with atomic_write(archive, CELEBA_BYTES) as unfinished:
@@ -162,7 +167,8 @@ def download_celeba(archive):
 
 def find_pictures(path):
     """Where --data has its pictures, a folder or a .zip, and their names; may download CelebA."""
-    archive, names = path / CELEBA_ZIP, list_pictures(path)
+    archive = path / CELEBA_ZIP
+    names = list_pictures(path)
     if path == CELEBA_FOLDER and not names and not archive.exists():
         path.mkdir(parents=True, exist_ok=True)
         download_celeba(archive)
@@ -183,20 +189,19 @@ def decode(data, image_size=64, crop=None):
     ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
         picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    width, height = picture.size
-    crop = crop or (CELEBA_CROP if picture.size == CELEBA_SIZE else width)
-    side = min(width, height, crop)
+    side = min(picture.size)
+    if crop or picture.size == CELEBA_SIZE:
+        side = min(side, crop or CELEBA_CROP)
     left, top = [round((edge - side) / 2) for edge in picture.size]
-    square = picture.crop((left, top, left + side, top + side))
-    if square.mode != "RGB":
-        square = square.convert("RGB")
+    square = picture.crop((left, top, left + side, top + side)).convert("RGB")
     return square.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 def map_cache(cache, key, image_size=64):
-    """The pictures in a cache file, mapped into memory; None if it is cut or of another key."""
+    """The pictures in a cache file, mapped into memory; None if absent, cut or of another key."""
     try:
+        size = os.path.getsize(cache) - len(key)        # of the pictures
         with open(cache, "rb") as file:
-            size = file.seek(-len(key), os.SEEK_END)        # of all before the key
+            file.seek(size)
             if file.read() != key:
                 return None
         # shared, for a private mapping may not be larger than memory: never write to the pictures
@@ -213,25 +218,10 @@ def stamp(path):
     except OSError:
         return None
 
-def load_images(path, image_size=64, crop=None):
-    """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
+def write_cache(cache, key, source, names, image_size=64, crop=None):
+    """Decode those pictures of a folder or .zip into a cache file; UserError if none is readable.
 
-    It is mapped from a cache file beside the source: the RGB bytes of one picture after another,
-    then a key. So there may be more than memory holds. UserError if no picture can be read."""
-    if str(path) == "toy":
-        return toy_faces(image_size=image_size)
-    source, names = find_pictures(Path(path))
-    files = [source / name for name in names] if source.is_dir() else [source]
-    stamps = [stamp(file) for file in files]
-    key = hashlib.sha256(f"{image_size} {crop} {names} {stamps}".encode()).digest()
-    cache = Path(f"{os.path.abspath(source)}.dcgan")
-    if not os.access(cache.parent, os.W_OK):
-        cache = Path(tempfile.gettempdir(), f"{key.hex()}.dcgan")
-        report(f"beside {source} nothing can be written: the prepared pictures are in {cache}")
-    images = map_cache(cache, key, image_size)
-    if images is not None:
-        return images
-
+    It holds the RGB bytes of one picture after another, then the key."""
     archive = ZipFile(source) if source.is_file() else None
 
     def prepare(name):
@@ -249,9 +239,31 @@ def load_images(path, image_size=64, crop=None):
                 pixels = pool.imap(prepare, names[start:start + 1000], chunksize=32)
                 file.writelines(filter(None, pixels))       # without the skipped
             if file.tell() == 0:
-                raise UserError(f"--data {path}: 0 readable pictures")
+                raise UserError(f"{source}: 0 readable pictures")
             file.write(key)
-    return map_cache(cache, key, image_size)
+
+def load_images(path, image_size=64, crop=None):
+    """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
+
+    What was decoded is mapped from a cache file, so there may be more than memory holds.
+    UserError if no picture can be read."""
+    if str(path) == "toy":
+        return toy_faces(image_size=image_size)
+    source, names = find_pictures(Path(path))
+    files = [source / name for name in names] if source.is_dir() else [source]
+    stamps = [stamp(file) for file in files]
+    key = hashlib.sha256(f"{image_size} {crop} {names} {stamps}".encode()).digest()
+    cache = Path(f"{os.path.abspath(source)}.dcgan")
+    if not os.access(cache.parent, os.W_OK):
+        cache = Path(tempfile.gettempdir(), f"{key.hex()}.dcgan")
+        report(f"beside {source} nothing can be written: the prepared pictures are in {cache}")
+    images = map_cache(cache, key, image_size)
+    if images is None:
+        write_cache(cache, key, source, names, image_size, crop)
+        images = map_cache(cache, key, image_size)
+    if images is None:
+        raise UserError(f"{cache} cannot be mapped: put the pictures on another disk")
+    return images
 
 def shuffled(count, batch_size, done, last, seed=42, device="cpu"):
     """Yield (step, indices of its batch) for the steps after `done`, up to `last`.
@@ -322,7 +334,7 @@ class Generator(nn.Sequential):
             *[up(*pair, relu) for pair in pairwise(widths)],        # 256 x  8 x  8
                                                                     # 128 x 16 x 16
                                                                     #  64 x 32 x 32
-            nn.ConvTranspose2d(width, channels, 4, 2, 1),           #   3 x 64 x 64
+            nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1),      #   3 x 64 x 64
             nn.Tanh(),
         )
         self.apply(init_weights)
@@ -333,7 +345,7 @@ class Discriminator(nn.Sequential):
     def __init__(self, channels=3, width=64, image_size=64):
         widths = map_widths(image_size, width)[::-1]
         super().__init__(                                           #   3 x 64 x 64
-            nn.Conv2d(channels, width, 4, 2, 1),                    #  64 x 32 x 32
+            nn.Conv2d(channels, widths[0], 4, 2, 1),                #  64 x 32 x 32
             nn.LeakyReLU(LEAKY_SLOPE, True),
             *[down(*pair) for pair in pairwise(widths)],            # 128 x 16 x 16
                                                                     # 256 x  8 x  8
@@ -360,7 +372,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)    # only these are smoothed
     fake_labels = torch.where(swap_fake, 1.0 - label_smoothing, 0.0)
 
-    # Discriminator: maximise log D(x) + log(1 - D(G(z))), of which bce is the negative. Real and
+    # Discriminator: maximise log D(x) + log(1 - D(G(z))); loss_d is its negative, halved. Real and
     # fake make a batch each, or batch norm would mix their statistics
     with autocast:
         fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
@@ -412,7 +424,7 @@ def compare(fake, real):
     """uint8 images, N x C x S x S -> Frechet distance (lower is better), diversity (1 is healthy).
 
     The distance is FID's (Heusel et al. 2017), between two normal distributions with the means and
-    covariances of either set, but of projections of the pixels instead of Inception's features.
+    covariances of each set, but of projections of the pixels instead of Inception's features.
     Diversity is the mean distance between two fakes over that between two reals."""
     fake, real = project(fake).double(), project(real).double()
     cov_fake, cov_real = fake.T.cov(correction=0), real.T.cov(correction=0)
@@ -426,7 +438,7 @@ def plot_losses(losses, epoch_steps, path):
     """Draw loss_d and loss_g (steps x 2) over epochs: every step light, a moving mean bold."""
     image = Image.new("RGB", (800, 450), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    highest = int(losses.quantile(0.995) + 1.1)         # what is rarely higher is cut
+    highest = int(losses.quantile(0.995) + 1.1)         # cuts off rare peaks
     epochs = len(losses) / epoch_steps
     for fifth in range(6):
         x, y = 60 + 140 * fifth, 410 - 70 * fifth
@@ -477,9 +489,9 @@ def build_generator(settings):
     return Generator(width=settings["width"], image_size=settings["image_size"], relu=relu)
 
 class Run:
-    """What lives from step to step; a checkpoint holds what SAVED names, and the random state."""
-    SAVED = ("G", "D", "ema", "optimizer_g", "optimizer_d", "step", "history", "log",
-             "pictures", "fingerprint")
+    """What lives from step to step; a checkpoint holds what is named here, and the random state."""
+    MODULES = "G", "D", "ema", "optimizer_g", "optimizer_d"
+    VALUES = "step", "history", "log", "pictures", "fingerprint"
 
     def __init__(self, args, images):
         torch.manual_seed(args.seed)
@@ -492,14 +504,15 @@ class Run:
         optimizer = adam if args.optimizer_d == "adam" else SGD
         self.optimizer_d = optimizer(self.D.parameters(), args.lr_d)
         self.rng = torch.Generator(args.device).manual_seed(args.seed)
-        self.epoch_steps, epochs = len(images) // args.batch_size, args.epochs
+        self.epoch_steps = len(images) // args.batch_size
+        epochs = args.epochs
         if args.dry_run:
             self.epoch_steps, epochs = 1, 1
         self.last_step = self.epoch_steps * epochs
         self.step = 0
         self.log = []                           # the rows of log.csv
         self.history = torch.empty(0, 4)        # a row of RECORDED a step
-        self.unread = []        # the latest of them, on the device: copying each would stall it
+        self.unread = []        # the latest of them, on the device: to copy each takes a wait
 
         # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
@@ -523,21 +536,17 @@ class Run:
         return [row for row in self.log if "frechet" in row]
 
     def state_dict(self):
-        state = {"rng": self.rng.get_state()}
-        for name in self.SAVED:
-            value = getattr(self, name)
-            state[name] = value.state_dict() if hasattr(value, "state_dict") else value
-        return state
+        state = {name: getattr(self, name).state_dict() for name in self.MODULES}
+        values = {name: getattr(self, name) for name in self.VALUES}
+        return {**state, **values, "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
         if self.fingerprint != state["fingerprint"]:
             report("warning: these are not the pictures with which the run began")
-        for name in self.SAVED:
-            value = getattr(self, name)
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(state[name])
-            else:
-                setattr(self, name, state[name])
+        for name in self.MODULES:
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.VALUES:
+            setattr(self, name, state[name])
         if len(state["rng"]) == len(self.rng.get_state()):
             self.rng.set_state(state["rng"])
         else:
@@ -545,13 +554,15 @@ class Run:
             report("the checkpoint is from another kind of device: from here on the noise differs")
 
     def read_losses(self):
-        """Bring the losses into the history: within an epoch, the host waits only here."""
-        rows, parameters = torch.stack(self.unread), (*self.G.parameters(), *self.D.parameters())
+        """Bring the losses to the host, which waits for the device only here."""
+        rows = torch.stack(self.unread)
+        parameters = [*self.G.parameters(), *self.D.parameters()]
         finite = [values.isfinite().all() for values in (rows, *parameters)]
         if not torch.stack(finite).all():
             raise UserError(f"not finite at step {self.step}, checkpoint kept: "
-                            "lower --lr-g and --lr-d")
-        self.history, self.unread = torch.cat([self.history, rows.cpu()]), []
+                            "try lower --lr-g and --lr-d in a new --out")
+        self.history = torch.cat([self.history, rows.cpu()])
+        self.unread = []
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM       # Ctrl-C, and what kill and schedulers send
 
@@ -574,7 +585,7 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 def leave(number, frame=None):
-    """Handle a signal: end the program at once, but let every block clean up behind itself."""
+    """Handle a signal: end the program at once, but let every block clean up after itself."""
     fail("interrupted", 128 + number)
 
 @contextmanager
@@ -602,13 +613,11 @@ def load_shared(args, checkpoint):
     images = load_images(args.data, args.image_size, args.crop)
     if from_torchrun("LOCAL_RANK") == 0 and from_torchrun("WORLD_SIZE", 1) > 1:
         dist.init_process_group()       # the cache is there: the others may go on
-    needed = args.batch_size
-    enough = len(images) >= needed
-    if checkpoint:
-        needed = checkpoint["pictures"]
-        enough = len(images) == needed
-    if not enough:
-        raise UserError(f"--data {args.data}: {len(images)} readable pictures, {needed} are needed")
+    found = f"--data {args.data}: {len(images)} readable pictures"
+    if checkpoint and len(images) != checkpoint["pictures"]:
+        raise UserError(f"{found}, but the run has {checkpoint['pictures']}")
+    if len(images) < args.batch_size:
+        raise UserError(f"{found}, fewer than --batch-size {args.batch_size}")
     if args.device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
         images = images.to(args.device)
     return images
@@ -623,12 +632,12 @@ def warn(rows, losses_d):
     `losses_d` are the discriminator's in the steps of that epoch."""
     latest, best = rows[-1], best_epoch(rows)
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
-        report("warning: the generator collapses; try --lr-g 4e-4 --lr-d 4e-4 or a lower --beta1")
+        report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, or --beta1")
     if losses_d.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
     if best_epoch(rows[-5:])["frechet"] > 1.25 * best["frechet"]:       # all five are worse
-        report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; try more "
-               "pictures or --flip")
+        report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; "
+               "more pictures would last longer")
 
 def log_losses(run, out):
     """Print a row and write log.csv; at an epoch's end with measures, pictures and warnings."""
@@ -652,7 +661,7 @@ def log_losses(run, out):
 def save_checkpoint(run, args):
     """Write checkpoint.pt into args.out, all that --resume needs. Not in a dry run.
 
-    After the best epoch so far, best.pt before it, for --generate: the averaged generator."""
+    After the best epoch so far, best.pt goes first: the averaged generator, for --generate."""
     if args.dry_run:
         return
     unsaved = {"out", "resume", "generate", "last", "device", "dry_run"}
@@ -685,14 +694,16 @@ def start(args, checkpoint):
         save_image(run.real[:64] / 255, out / "real.png")
     else:
         run.rng.manual_seed(args.seed + run.step + rank)        # noise of its own
+    bf16 = args.precision == "bf16"
     precision = args.precision
     if precision == "auto":
-        precision = "bf16" if native_bf16(args.device) else "fp32 (bf16 is not native here)"
+        bf16 = native_bf16(args.device)
+        precision = "bf16" if bf16 else "fp32 (bf16 is not native here)"
     sizes = " + ".join(f"{sum(map(torch.numel, net.parameters())):,}" for net in (run.G, run.D))
     report(f"{args.data}: {len(images):,} pictures; {args.device}, {precision}; "
            f"{sizes} parameters")
     torch.backends.cudnn.benchmark = True       # tries the convolution algorithms once
-    return images, run, precision == "bf16"
+    return images, run, bf16
 
 def train(args, checkpoint=None):
     """Train as the flags say, from a checkpoint if given, into args.out; in torchrun, as a rank."""
@@ -773,7 +784,7 @@ def existing_device(name):
     try:
         torch.zeros(1, device=name).item()
     except Exception:       # each kind of device has errors of its own
-        raise argparse.ArgumentTypeError(f"{name} is not there; without the flag, torch looks")
+        raise argparse.ArgumentTypeError(f"{name} is not there; without the flag, torch chooses")
     return torch.device(name)
 
 def parse_args(argv=None, settings=None):
@@ -794,14 +805,14 @@ def parse_args(argv=None, settings=None):
     flag("--crop", count, None, "pixels of the centre crop (160 for CelebA, else all)")
     group = parser.add_argument_group("networks and training")
     flag("--width", count, 64, "channels at half the image size")
-    flag("--activation", str, "leaky_relu", "generator's", choices=("leaky_relu", "relu"))
+    flag("--activation", str, "leaky_relu", "the generator's", choices=("leaky_relu", "relu"))
     flag("--ema", share, 0.999, "decay of the generator's moving average")
     flag("--epochs", count, 20, "passes over the pictures")
     flag("--batch-size", count, 128, "images a step")
     flag("--lr-g", rate, 4e-4, "generator's learning rate")
     flag("--lr-d", rate, 4e-4, "discriminator's learning rate")
     flag("--beta1", between(float, 0, 0.999), 0.25, "of Adam")
-    flag("--optimizer-d", str, "adam", "discriminator's", choices=("adam", "sgd"))
+    flag("--optimizer-d", str, "adam", "the discriminator's", choices=("adam", "sgd"))
     group = parser.add_argument_group("tricks, off by default")
     switch("--fresh-noise", "new noise for the generator's half of a step")
     flag("--label-smoothing", share, 0.0, "real labels are 1 - S", metavar="S")
@@ -817,7 +828,7 @@ def parse_args(argv=None, settings=None):
     flag("--device", existing_device, str(found), "cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "bf16 if native", choices=("auto", "bf16", "fp32"))
     flag("--log-interval", count, 100, "steps between rows", metavar="N")
-    switch("--dry-run", "one step, one of each picture, done")
+    switch("--dry-run", "one step, one of each picture, no checkpoint")
     return parser.parse_args(argv, argparse.Namespace(**settings or {}))
 
 def read_checkpoint(argv, args):
