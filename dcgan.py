@@ -5,10 +5,9 @@
     python dcgan.py --epochs 20                 CelebA, as in the lecture
     python dcgan.py --generate 1000             pictures from the run's best epoch
 
-Read train_step first, it is the whole game. Then from top to bottom, in the order in which data
-flows: pictures, networks, the step, measures, the run, the command line, where main is. What is not
-about GANs may be skipped: list_pictures to find_pictures, map_cache to write_cache, signals to
-load_shared.
+Read train_step first, it is the whole game; then from top to bottom: pictures, networks, the step,
+measures, the run, the command line, where main is. What is not about GANs may be skipped:
+list_pictures to find_pictures, map_cache to write_cache, signals to load_shared.
 
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6; Chintala et
 al. 2016, ganhacks; Heusel et al. 2017, arXiv:1706.08500; Liu et al. 2015, CelebA.

@@ -945,6 +945,7 @@ def test_processes_must_share_the_batch_evenly(pictures, monkeypatch, capsys):
 def test_more_processes_than_gpus(pictures, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "99")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    monkeypatch.setenv("LOCAL_RANK", "98")      # errors come from every process
     line = error_of(capsys, "--data", pictures, "--device", "cuda")
     assert f"99 processes, but {torch.cuda.device_count()} GPUs" in line
 
