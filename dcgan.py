@@ -634,7 +634,7 @@ def warn(rows, losses_d):
         report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, or --beta1")
     if losses_d.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
-    if best_epoch(rows[-5:])["frechet"] > 1.25 * best["frechet"]:       # all five are worse
+    if best_epoch(rows[-5:])["frechet"] > 1.1 * best["frechet"]:        # all five are worse
         report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; "
                "more pictures would last longer")
 

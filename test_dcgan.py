@@ -852,9 +852,9 @@ def test_warnings(capsys, diversity, loss_d, told):
 
 @pytest.mark.parametrize("distances, told", [
     ([40, 20] + 4 * [30], False),           # not for long enough
-    ([40, 20] + 5 * [30], True),
-    ([40, 20] + 4 * [30] + [24], False),    # not clearly
-    ([40, 20] + 8 * [24], False),
+    ([40, 20] + 5 * [23], True),
+    ([40, 20] + 4 * [30] + [21], False),    # not clearly
+    ([40, 20] + 8 * [21], False),
     ([40, 20] + 5 * [30] + [19], False),
 ])
 def test_warning_past_the_best(distances, told, capsys):
