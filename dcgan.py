@@ -633,7 +633,7 @@ def warn(rows, losses_d):
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
         report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, or --beta1")
     if losses_d.max() < 0.05:
-        report("warning: the discriminator has won; try a lower --lr-d or --flip-labels 0.05")
+        report("warning: the discriminator has won; try a lower --lr-d or a higher --lr-g")
     if best_epoch(rows[-5:])["frechet"] > 1.1 * best["frechet"]:        # all five are worse
         report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; "
                "more pictures would last longer")
