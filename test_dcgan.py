@@ -687,12 +687,17 @@ def test_resume_with_the_pictures_moved(finished, pictures, monkeypatch, capsys)
     assert "warning" not in capsys.readouterr().out
     assert same(checkpoint("out")["G"], checkpoint(finished)["G"])
 
-def test_resume_with_other_pictures_warns_and_with_fewer_is_refused(pictures, monkeypatch, capsys):
+def test_resume_with_other_pictures_warns_and_with_another_number_ends(pictures, monkeypatch,
+                                                                       capsys):
     folder = shutil.copytree(pictures, "faces")
     assert stop_at_step(7, monkeypatch, folder) == 130
     shutil.copy("faces/001.png", "faces/000.png")
     run("--resume", "--device", "cpu")
     assert "warning: these are not the pictures" in capsys.readouterr().out
+    shutil.copy("faces/001.png", "faces/one_more.png")
+    line = error_of(capsys, "--resume", "--device", "cpu")
+    assert "41 readable pictures, but the run has 40" in line
+    os.remove("faces/one_more.png")
     os.remove("faces/000.png")
     line = error_of(capsys, "--resume", "--device", "cpu")
     assert "39 readable pictures, but the run has 40" in line
@@ -999,13 +1004,24 @@ def test_bad_input_is_one_line(argv, told, pictures, capsys):
     assert told in error_of(capsys, "--data", pictures, *SMALL, *argv.split())
     assert set(os.listdir()) == {"bad", "older", "page.zip", "broken.zip"}
 
-def test_precision_is_named_with_a_reason(pictures, monkeypatch, capsys):
-    monkeypatch.setattr(dcgan, "native_bf16", lambda device: False)
-    run("--data", pictures, "--dry-run", *SMALL)
-    assert "cpu, fp32 (bf16 is not native here);" in capsys.readouterr().out
-    monkeypatch.setattr(dcgan, "native_bf16", lambda device: True)
-    run("--data", pictures, "--dry-run", *SMALL)
-    assert "cpu, bf16;" in capsys.readouterr().out
+@pytest.mark.parametrize("precision, native, bf16, named", [
+    ("auto", True, True, "bf16"),
+    ("auto", False, False, "fp32 (bf16 is not native here)"),
+    ("bf16", False, True, "bf16"),
+    ("fp32", True, False, "fp32"),
+])
+def test_precision(precision, native, bf16, named, pictures, monkeypatch, capsys):
+    step, used = dcgan.train_step, []
+
+    def train_step(*args, **options):
+        used.append(options["bf16"])
+        return step(*args, **options)
+
+    monkeypatch.setattr(dcgan, "train_step", train_step)
+    monkeypatch.setattr(dcgan, "native_bf16", lambda device: native)
+    run("--data", pictures, "--dry-run", *SMALL, "--batch-size", 40, "--precision", precision)
+    assert used == [bf16]
+    assert f"cpu, {named};" in capsys.readouterr().out
 
 def test_import_does_nothing(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dcgan.py", "--nonsense"])
