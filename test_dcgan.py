@@ -20,10 +20,45 @@ from torchvision import transforms as T
 
 import dcgan
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+def test_generator_turns_100_d_noise_into_3_x_64_x_64_images():
+    images = dcgan.Generator()(torch.randn(2, 100))
+    assert images.shape == (2, 3, 64, 64)
+    assert images.abs().max() <= 1
+
+def test_discriminator_turns_an_image_into_a_single_logit():
+    logits = dcgan.Discriminator()(torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert logits.shape == (2, 1)
+    assert logits.isfinite().all()
+
+def one_step(device, bf16):
+    """Train one step: every parameter moves, and stays finite and float32."""
+    nets = [net.to(device, memory_format=torch.channels_last) for net in networks(64, width=16)]
+    parameters = [p for net in nets for p in net.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    real = dcgan.to_batch(dcgan.toy_faces(8), torch.arange(8), device)
+    losses = dcgan.train_step(*nets, *adam(nets), real, bf16=bf16)
+    assert losses.device.type == device
+    assert losses.isfinite().all()
+    for p, old in zip(parameters, before):
+        assert p.dtype == torch.float32
+        assert p.isfinite().all()
+        assert not torch.equal(p, old)
+
+@needs_cuda
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_training_step_on_cuda(bf16):
+    one_step("cuda", bf16)
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_one_training_step_on_the_cpu(bf16):
+    one_step("cpu", bf16)
+
+# ---- What the tests share ------------------------------------------------------------------------
 SMALL = "--image-size 32 --width 8 --batch-size 8 --log-interval 2 --device cpu".split()
 GRIDS = {"samples/epoch_001.png", "samples/epoch_002.png", "samples/epoch_003.png"}
 FILES = {"real.png", "samples.gif", "losses.png", "log.csv", "samples/epoch_001.png"}
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch, tmp_path):
@@ -99,39 +134,6 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 # ---- What the networks promise -------------------------------------------------------------------
-
-def test_generator_turns_100_d_noise_into_3_x_64_x_64_images():
-    images = dcgan.Generator()(torch.randn(2, 100))
-    assert images.shape == (2, 3, 64, 64)
-    assert images.abs().max() <= 1
-
-def test_discriminator_turns_an_image_into_a_single_logit():
-    logits = dcgan.Discriminator()(torch.rand(2, 3, 64, 64) * 2 - 1)
-    assert logits.shape == (2, 1)
-    assert logits.isfinite().all()
-
-def one_step(device, bf16):
-    """Train one step: every parameter moves, and stays finite and float32."""
-    nets = [net.to(device, memory_format=torch.channels_last) for net in networks(64, width=16)]
-    parameters = [p for net in nets for p in net.parameters()]
-    before = [p.detach().clone() for p in parameters]
-    real = dcgan.to_batch(dcgan.toy_faces(8), torch.arange(8), device)
-    losses = dcgan.train_step(*nets, *adam(nets), real, bf16=bf16)
-    assert losses.device.type == device
-    assert losses.isfinite().all()
-    for p, old in zip(parameters, before):
-        assert p.dtype == torch.float32
-        assert p.isfinite().all()
-        assert not torch.equal(p, old)
-
-@needs_cuda
-@pytest.mark.parametrize("bf16", [False, True])
-def test_one_training_step_on_cuda(bf16):
-    one_step("cuda", bf16)
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_one_training_step_on_the_cpu(bf16):
-    one_step("cpu", bf16)
 
 @pytest.mark.parametrize("size, parameters_of_G, parameters_of_D", [
     (32, 1_068_931, 663_361),
