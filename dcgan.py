@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """DCGAN in one file: train it on pictures of faces, get faces of people who never were.
 
-    python dcgan.py --data toy --epochs 3       drawn faces, no download
-    python dcgan.py --epochs 20                 CelebA, as in the lecture
-    python dcgan.py --generate 1000             pictures from the run's best epoch
+    python dcgan.py --data toy --epochs 3 --out out-toy     drawn faces, no download
+    python dcgan.py --epochs 20                             CelebA, as in the lecture
+    python dcgan.py --generate 1000                         pictures from its best epoch
 
 Read train_step first, it is the whole game; then from top to bottom: pictures, networks, the step,
 measures, the run, the command line, where main is. What is not about GANs may be skipped:
@@ -57,7 +57,7 @@ def from_torchrun(name, default=0):
 def report(text, file=None):
     """Print one line, above a progress bar if there is one.
 
-    To standard output, the first process on each machine prints alone."""
+    Errors come from every process (`file`), all else from the first on each machine."""
     if file or from_torchrun("LOCAL_RANK") == 0:
         tqdm.write(" ".join(str(text).split()), file)
         sys.stdout.flush()
@@ -98,9 +98,11 @@ def toy_faces(count=4096, image_size=64):
 
 def list_pictures(source):
     """The sorted names of the pictures in a folder or .zip, without hidden ones."""
-    names, visited = [], set()
+    names = []
+    visited = set()
     if is_zipfile(source):
-        names = ZipFile(source).namelist()
+        with ZipFile(source) as archive:
+            names = archive.namelist()
     for parent, folders, files in os.walk(source, followlinks=True):
         folders.sort()
         real = os.path.realpath(parent)
@@ -218,7 +220,7 @@ def stamp(path):
         return None
 
 def write_cache(cache, key, source, names, image_size=64, crop=None):
-    """Decode those pictures of a folder or .zip into a cache file; UserError if none is readable.
+    """Decode these pictures of a folder or .zip into a cache file; UserError if none is readable.
 
     It holds the RGB bytes of one picture after another, then the key."""
     archive = ZipFile(source) if source.is_file() else None
@@ -366,7 +368,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     n, device = len(real), real.device
     bce = F.binary_cross_entropy_with_logits
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    # two masks, n x 1: whose label to swap
+    # two masks, n x 1: whose label to swap, by default nobody's
     swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
     real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)    # only these are smoothed
     fake_labels = torch.where(swap_fake, 1.0 - label_smoothing, 0.0)
@@ -511,7 +513,7 @@ class Run:
         self.step = 0
         self.log = []                           # the rows of log.csv
         self.history = torch.empty(0, 4)        # a row of RECORDED a step
-        self.unread = []        # the latest of them, on the device: to copy each takes a wait
+        self.unread = []        # the latest of them, on the device: the host would wait for each
 
         # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
@@ -553,7 +555,7 @@ class Run:
             report("the checkpoint is from another kind of device: from here on the noise differs")
 
     def read_losses(self):
-        """Bring the losses to the host, which waits for the device only here."""
+        """Bring the losses to the host: here, and at an epoch's end, it waits for the device."""
         rows = torch.stack(self.unread)
         parameters = [*self.G.parameters(), *self.D.parameters()]
         finite = [values.isfinite().all() for values in (rows, *parameters)]
@@ -631,7 +633,8 @@ def warn(rows, losses_d):
     `losses_d` are the discriminator's in the steps of that epoch."""
     latest, best = rows[-1], best_epoch(rows)
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
-        report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, or --beta1")
+        report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, "
+               "or a lower --beta1")
     if losses_d.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or a higher --lr-g")
     if best_epoch(rows[-5:])["frechet"] > 1.1 * best["frechet"]:        # all five are worse
@@ -831,7 +834,7 @@ def parse_args(argv=None, settings=None):
     return parser.parse_args(argv, argparse.Namespace(**settings or {}))
 
 def read_checkpoint(argv, args):
-    """The checkpoint in --out, and the command line again with its settings for defaults.
+    """The command line again, with a checkpoint's settings for defaults, and that checkpoint.
 
     UserError if there is none, or if the command line contradicts what shapes the run."""
     best = args.generate and not args.last
@@ -850,15 +853,16 @@ def read_checkpoint(argv, args):
     for name, value in settings.items():
         if name not in free and getattr(args, name) != value:
             raise UserError(f"the run in {args.out} has --{name.replace('_', '-')} {value}")
-    return checkpoint, args
+    return args, checkpoint
 
 def main(argv=None):
     """Train or generate, as the command line says."""
     with signals(leave):
         try:
-            args, checkpoint = parse_args(argv), None
+            args = parse_args(argv)
+            checkpoint = None
             if args.resume or args.generate:
-                checkpoint, args = read_checkpoint(argv, args)
+                args, checkpoint = read_checkpoint(argv, args)
             if not args.generate:
                 train(args, checkpoint)
             elif from_torchrun("RANK") == 0:
