@@ -25,7 +25,7 @@ import socket
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from itertools import pairwise
@@ -59,8 +59,9 @@ def report(text, file=None):
 
     Errors come from every process (`file`), all else from the first on each machine."""
     if file or from_torchrun("LOCAL_RANK") == 0:
-        tqdm.write(" ".join(str(text).split()), file)
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):     # Ctrl-C ends a `| tee`, too, but the run must be saved
+            tqdm.write(" ".join(str(text).split()), file)
+            sys.stdout.flush()
 
 # ---- Data: from a path to one uint8 tensor, from that tensor to a batch in [-1, 1] ---------------
 CELEBA_FOLDER = Path("data/celeba")
@@ -111,7 +112,8 @@ def list_pictures(source):
             continue
         visited.add(real)
         names += [os.path.join(parent, file).removeprefix(f"{source}{os.sep}") for file in files]
-    names = [name for name in names if "/." not in f"/{name}"]      # no part begins with a dot
+    # no part begins with a dot, but some archives call all that they hold ./NAME
+    names = [name for name in names if "/." not in f"/{name.removeprefix('./')}"]
     return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 @contextmanager
@@ -190,9 +192,8 @@ def decode(data, image_size=64, crop=None):
     ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):        # 16 bit: Pillow would clip all above 255 to white
         picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    side = min(picture.size)
-    if crop or picture.size == CELEBA_SIZE:
-        side = min(side, crop or CELEBA_CROP)
+    usual = CELEBA_CROP if picture.size == CELEBA_SIZE else min(picture.size)
+    side = min(*picture.size, crop or usual)
     left, top = [round((edge - side) / 2) for edge in picture.size]
     square = picture.crop((left, top, left + side, top + side)).convert("RGB")
     return square.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -256,7 +257,7 @@ def load_images(path, image_size=64, crop=None):
     key = hashlib.sha256(f"{image_size} {crop} {names} {stamps}".encode()).digest()
     cache = Path(f"{os.path.abspath(source)}.dcgan")
     if not os.access(cache.parent, os.W_OK):
-        cache = Path(tempfile.gettempdir(), f"{key.hex()}.dcgan")
+        cache = Path(tempfile.gettempdir(), f"{key.hex()}-{Path.home().name}.dcgan")
         report(f"beside {source} nothing can be written: the prepared pictures are in {cache}")
     images = map_cache(cache, key, image_size)
     if images is None:
@@ -269,7 +270,8 @@ def load_images(path, image_size=64, crop=None):
 def shuffled(count, batch_size, done, last, seed=42, device="cpu"):
     """Yield (step, indices of its batch) for the steps after `done`, up to `last`.
 
-    Each epoch has an order of its own, which its number and the seed decide."""
+    Each epoch has an order of its own, which its number and the seed decide; what does not fill
+    a batch is left out of it."""
     batches = count // batch_size
     for step in range(done + 1, last + 1):
         epoch, i = divmod(step - 1, batches)
@@ -281,7 +283,7 @@ def shuffled(count, batch_size, done, last, seed=42, device="cpu"):
 def to_batch(images, index, device=None, flip=False, rng=None):
     """Rows `index` of a uint8 tensor -> float batch in [-1, 1]; `flip` mirrors half of them.
 
-    On `device`, by default where the images are; the index is there, or on the CPU."""
+    On `device`, by default where the images are; the index is where they are, or on the CPU."""
     batch = images[index].to(device or images.device) / 127.5 - 1
     if flip:
         mirror = torch.rand(len(batch), 1, 1, 1, device=batch.device, generator=rng) < 0.5
@@ -362,16 +364,18 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
                fresh_noise=False, label_smoothing=0.0, flip_labels=0.0, rng=None):
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
 
-    G maps latents N x latent_dim to images, D images to logits N x 1, both in autocast if `bf16`.
-    D(x) is the sigmoid of a logit: how probably real. Returns loss_d, loss_g and the means of D(x)
-    and D(G(z)), both before D's update, as a tensor of four on the device."""
+    G maps latents z, random numbers N x latent_dim, to images; D maps images to logits N x 1, whose
+    sigmoid is D(x): how probably x is real. Returns loss_d, loss_g and the means of D(x) and
+    D(G(z)), all but loss_g from before D's update, as a tensor of four on the device."""
     n, device = len(real), real.device
     bce = F.binary_cross_entropy_with_logits
+    # with `bf16` the networks compute in 16 bits; the losses, after float(), in 32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     # two masks, n x 1: whose label to swap, by default nobody's
     swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
-    real_labels = torch.where(swap_real, 0.0, 1.0 - label_smoothing)    # only these are smoothed
-    fake_labels = torch.where(swap_fake, 1.0 - label_smoothing, 0.0)
+    one = 1.0 - label_smoothing         # the label for "real"; that for "fake" is 0
+    real_labels = torch.where(swap_real, 0.0, one)
+    fake_labels = torch.where(swap_fake, one, 0.0)
 
     # Discriminator: maximise log D(x) + log(1 - D(G(z))); loss_d is its negative, halved. Real and
     # fake make a batch each, or batch norm would mix their statistics
@@ -384,8 +388,9 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     loss_d.backward()
     optimizer_d.step()
 
-    # Generator: maximise log D(G(z)), the non-saturating loss; D only passes the gradient on
-    D.requires_grad_(False)
+    # Generator: maximise log D(G(z)), the non-saturating loss, whose negative is bce with labels 1.
+    # log(1 - D(G(z))), minimised, has the same aim, but hardly a gradient when D knows every fake
+    D.requires_grad_(False)         # D only passes the gradient on
     with autocast:
         if fresh_noise:
             fake = G(torch.randn(n, latent_dim, device=device, generator=rng))
@@ -402,10 +407,11 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
 @torch.no_grad()
 def update_average(average, G, decay):
     """Move `average`, a copy of G, towards G: averaged weights draw better than the latest."""
+    # a state dict has the tensors themselves, no copies: to write into them changes the network
     for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
-        if mean.is_floating_point():        # batch norm's statistics, too
+        if mean.is_floating_point():        # weights, and batch norm's statistics
             mean.lerp_(latest, 1 - decay)
-        else:
+        else:       # batch norm's number of batches
             mean.copy_(latest)
 
 # ---- Measures and pictures -----------------------------------------------------------------------
@@ -476,7 +482,7 @@ def native_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 def share_gradients(network):
-    """Average each gradient over all processes when backward has it (DistributedDataParallel)."""
+    """Average each gradient over all processes as soon as backward has it."""
     def average(p):
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
@@ -513,7 +519,7 @@ class Run:
         self.step = 0
         self.log = []                           # the rows of log.csv
         self.history = torch.empty(0, 4)        # a row of RECORDED a step
-        self.unread = []        # the latest of them, on the device: the host would wait for each
+        self.unread = []        # the latest, still on the device: to read each, the host would wait
 
         # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
@@ -555,7 +561,9 @@ class Run:
             report("the checkpoint is from another kind of device: from here on the noise differs")
 
     def read_losses(self):
-        """Bring the losses to the host: here, and at an epoch's end, it waits for the device."""
+        """Bring the losses to the host, which waits for the device here, and at an epoch's end.
+
+        UserError if a loss or a weight is not finite."""
         rows = torch.stack(self.unread)
         parameters = [*self.G.parameters(), *self.D.parameters()]
         finite = [values.isfinite().all() for values in (rows, *parameters)]
@@ -624,11 +632,11 @@ def load_shared(args, checkpoint):
     return images
 
 def best_epoch(rows):
-    """Of the log's rows that end an epoch, the one with the lowest Frechet distance, or None."""
+    """Of these rows, one an epoch, that with the lowest Frechet distance; None without rows."""
     return min(rows, key=lambda row: row["frechet"], default=None)
 
 def warn(rows, losses_d):
-    """Say what goes wrong, if anything, after the latest of the epochs that these rows end.
+    """Say what goes wrong, if anything, in the latest epoch; `rows` has one row an epoch.
 
     `losses_d` are the discriminator's in the steps of that epoch."""
     latest, best = rows[-1], best_epoch(rows)
@@ -684,6 +692,8 @@ def start(args, checkpoint):
         raise UserError(f"{ranks} processes cannot share --batch-size {args.batch_size} evenly")
     if not checkpoint and any(out.glob("*.pt")):
         raise UserError(f"--out {out} holds a run: go on with --resume, or choose another --out")
+    if args.data != "toy" and out.resolve().is_relative_to(Path(args.data).resolve()):
+        raise UserError(f"--out {out} is inside --data: its pictures would be taken for yours")
     images = load_shared(args, checkpoint)
     run = Run(args, images)
     if checkpoint:
@@ -715,13 +725,14 @@ def train(args, checkpoint=None):
     steps = shuffled(len(images), args.batch_size, run.step, run.last_step, args.seed,
                      images.device)
     bar = tqdm(total=run.last_step, initial=run.step, disable=rank > 0 or None)
-    with bar, stop_requests() as stop:
+    with bar, stop_requests() as stop:      # a list, empty until Ctrl-C
         for step, index in steps:
             batch = to_batch(images, index[rank::ranks], args.device, args.flip, run.rng)
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch,
                                 bf16=bf16, fresh_noise=args.fresh_noise, rng=run.rng,
                                 label_smoothing=args.label_smoothing, flip_labels=args.flip_labels)
-            # a smaller decay at first, for the first weights are random
+            # at first, until step 8,991 with 0.999, the average is over about the last ninth of the
+            # steps only, for the first weights are random
             update_average(run.ema, run.G, min(args.ema, step / (9 + step)))
             if rank > 0:
                 continue
@@ -785,8 +796,8 @@ def existing_device(name):
         name = f"cuda:{from_torchrun('LOCAL_RANK')}"
     try:
         torch.zeros(1, device=name).item()
-    except Exception:       # each kind of device has errors of its own
-        raise argparse.ArgumentTypeError(f"{name} is not there; without the flag, torch chooses")
+    except Exception as error:      # each kind of device has errors of its own
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {error}; try --device cpu")
     return torch.device(name)
 
 def parse_args(argv=None, settings=None):

@@ -354,6 +354,12 @@ def test_celeba_is_found_and_its_training_part_taken(monkeypatch, place, count, 
     assert len(images) == taken
     assert images[5, 0].float().mean().item() == pytest.approx(120, abs=3)
 
+def test_archive_whose_names_begin_with_its_own_folder():
+    with dcgan.ZipFile("dot.zip", "w") as archive:
+        for name in ("./b.png", "./a/b.png", "./.hidden/b.png", "./a/.hidden.png"):
+            archive.writestr(name, b"")
+    assert dcgan.list_pictures("dot.zip") == ["./a/b.png", "./b.png"]
+
 def test_each_real_folder_is_visited_once(pictures):
     folder = shutil.copytree(pictures, "a/faces")
     for link in ("a/self", "a/faces/up", "a/faces/again"):
@@ -436,6 +442,8 @@ def test_cache_goes_to_the_temporary_folder_where_nothing_can_be_written(cache, 
     assert str(next(Path("elsewhere").glob("*.dcgan"))) in cache.capsys.readouterr().out
     assert cache.is_used(32)
     assert not cache.file.exists()
+    monkeypatch.setenv("HOME", "/home/other")       # who may not write into the first one's file
+    assert not cache.is_used(32)
 
 def test_cache_that_cannot_be_mapped_is_made_anew_but_once(cache, monkeypatch):
     assert not cache.is_used(32)
@@ -631,6 +639,16 @@ def test_interrupt_and_resume(signum, status, finished, pictures, monkeypatch):
     assert checkpoint("out")["step"] == 7
     run("--resume", "--epochs", 3, "--device", "cpu")
     assert same(contents("out"), contents(finished))        # bit for bit
+
+def test_interrupt_that_ends_the_reader_of_the_output_too(pictures, monkeypatch):
+    """As Ctrl-C does after `dcgan.py | tee log`."""
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert stop_at_step(6, monkeypatch, pictures) == 130        # a step with a row
+    assert checkpoint("out")["step"] == 6
 
 def test_kill_and_resume(finished, pictures):
     code = """if True:
@@ -971,7 +989,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     ("--device cuda:99", "cuda:99"),
     ("--device abacus", "abacus"),
     ("--device meta", "meta"),
-    ("--device hpu", "hpu"),
+    ("--device hpu", "; try --device cpu"),
     ("--generate 3 --out bad", "bad/best.pt is not there, damaged or of an older version; --last"),
     ("--generate 3 --last --out bad", "bad/checkpoint.pt is not there"),
     ("--resume", "out/checkpoint.pt is not there"),
@@ -989,7 +1007,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     ("--nonsense", "--no"),
     ("--data page.zip", "web page"),
     ("--data broken.zip", "Bad magic number"),
-    ("--data .", "0 readable"),
+    ("--data .", "--out out is inside --data"),
     ("--data bad", "bad: 0 readable"),
     ("--data nowhere", "nowhere"),
 ])
