@@ -635,15 +635,16 @@ def best_epoch(rows):
     """Of these rows, one an epoch, that with the lowest Frechet distance; None without rows."""
     return min(rows, key=lambda row: row["frechet"], default=None)
 
-def warn(rows, losses_d):
+def warn(rows, fake_scores):
     """Say what goes wrong, if anything, in the latest epoch; `rows` has one row an epoch.
 
-    `losses_d` are the discriminator's in the steps of that epoch."""
+    `fake_scores` are the D(G(z)) of that epoch's steps: unlike loss_d, they are near 0 for a D that
+    has won with smoothed labels, too."""
     latest, best = rows[-1], best_epoch(rows)
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
         report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, "
                "or a lower --beta1")
-    if losses_d.max() < 0.05:
+    if fake_scores.max() < 0.05:
         report("warning: the discriminator has won; try a lower --lr-d or a higher --lr-g")
     if best_epoch(rows[-5:])["frechet"] > 1.1 * best["frechet"]:        # all five are worse
         report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; "
@@ -661,7 +662,7 @@ def log_losses(run, out):
     report(" ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
     run.log.append({name: round(value, 4) for name, value in row.items()})
     if run.epoch_done:
-        warn(run.measured(), run.history[-run.epoch_steps:, 0])
+        warn(run.measured(), run.history[-run.epoch_steps:, RECORDED.index("D(G(z))")])
     with open(out / "log.csv", "w") as file:
         columns = ["epoch", "step", *RECORDED, "frechet", "diversity"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")

@@ -856,16 +856,16 @@ def rows(*distances, step=301, diversity=0.9):
     return [{"epoch": epoch, "step": step, "frechet": distance, "diversity": diversity}
             for epoch, distance in enumerate(distances, 1)]
 
-@pytest.mark.parametrize("diversity, loss_d, told", [
+@pytest.mark.parametrize("diversity, fake_score, told", [
     (0.1, 0.5, ["collapses"]),
     (0.9, 0.01, ["has won"]),
     (0.1, 0.01, ["collapses", "has won"]),
     (0.9, 0.5, []),
 ])
-def test_warnings(capsys, diversity, loss_d, told):
-    losses_d = torch.full((20,), 0.01)
-    losses_d[7] = loss_d
-    dcgan.warn(rows(30, diversity=diversity), losses_d)
+def test_warnings(capsys, diversity, fake_score, told):
+    fake_scores = torch.full((20,), 0.01)
+    fake_scores[7] = fake_score
+    dcgan.warn(rows(30, diversity=diversity), fake_scores)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(told)
     for line, words in zip(lines, told):
@@ -890,7 +890,7 @@ def test_warning_past_the_best(distances, told, capsys):
 
 def test_run_warns_after_each_epoch(pictures, monkeypatch, capsys):
     monkeypatch.setattr(dcgan, "compare", lambda *args: (100, 0.1))
-    monkeypatch.setattr(dcgan, "train_step", lambda *a, **k: torch.tensor([0.01, 1, 0.5, 0.5]))
+    monkeypatch.setattr(dcgan, "train_step", lambda *a, **k: torch.tensor([0.5, 1, 0.5, 0.01]))
     run("--data", pictures, *SMALL, "--epochs", 8, "--batch-size", 1)
     out = capsys.readouterr().out
     assert out.count("has won") == 8
