@@ -732,8 +732,8 @@ def train(args, checkpoint=None):
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch,
                                 bf16=bf16, fresh_noise=args.fresh_noise, rng=run.rng,
                                 label_smoothing=args.label_smoothing, flip_labels=args.flip_labels)
-            # at first, until step 8,991 with 0.999, the average is over about the last ninth of the
-            # steps only, for the first weights are random
+            # the first weights are random: a young average (with 0.999, up to step 8,991) covers
+            # only about the last ninth of the steps
             update_average(run.ema, run.G, min(args.ema, step / (9 + step)))
             if rank > 0:
                 continue
