@@ -57,7 +57,7 @@ def from_torchrun(name, default=0):
 def report(text, file=None):
     """Print one line, above a progress bar if there is one.
 
-    Errors come from every process (`file`), all else from the first on each machine."""
+    With `file`, for errors, from every process; else from the first on each machine."""
     if file or from_torchrun("LOCAL_RANK") == 0:
         with suppress(BrokenPipeError):     # Ctrl-C ends a `| tee`, too, but the run must be saved
             tqdm.write(" ".join(str(text).split()), file)
@@ -88,10 +88,10 @@ def toy_faces(count=4096, image_size=64):
         image = Image.new("RGB", (side, side), f"hsl({rng.randint(0, 360)}, 30%, 60%)")
         draw = ImageDraw.Draw(image)
         for color, *box in (        # left, top, right, bottom
-                (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),       # hair
-                (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),
-                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, rng.uniform(0.5, 0.65), 0.77),
-                ("#123", 0.32, 0.42, 0.42, 0.5),
+                (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),           # hair
+                (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),                         # face
+                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, rng.uniform(0.5, 0.65), 0.77),    # mouth
+                ("#123", 0.32, 0.42, 0.42, 0.5),                                            # eyes
                 ("#123", 0.58, 0.42, 0.68, 0.5)):
             draw.ellipse([corner + size * edge for edge in box], color)
         faces.append(pil_to_tensor(image.reduce(2)))
@@ -206,7 +206,7 @@ def map_cache(cache, key, image_size=64):
             file.seek(size)
             if file.read() != key:
                 return None
-        # shared, for a private mapping may not be larger than memory: never write to the pictures
+        # shared, so it may be larger than memory; to write to the pictures would change the file
         pixels = torch.from_file(str(cache), shared=True, size=size, dtype=torch.uint8)
     except (OSError, RuntimeError):     # absent, too short or somebody else's
         return None
@@ -271,7 +271,7 @@ def shuffled(count, batch_size, done, last, seed=42, device="cpu"):
     """Yield (step, indices of its batch) for the steps after `done`, up to `last`.
 
     Each epoch has an order of its own, which its number and the seed decide; what does not fill
-    a batch is left out of it."""
+    a batch at its end is left out."""
     batches = count // batch_size
     for step in range(done + 1, last + 1):
         epoch, i = divmod(step - 1, batches)
@@ -283,7 +283,7 @@ def shuffled(count, batch_size, done, last, seed=42, device="cpu"):
 def to_batch(images, index, device=None, flip=False, rng=None):
     """Rows `index` of a uint8 tensor -> float batch in [-1, 1]; `flip` mirrors half of them.
 
-    On `device`, by default where the images are; the index is where they are, or on the CPU."""
+    The index is on the images' device or the CPU; the batch on `device`, by default the images'."""
     batch = images[index].to(device or images.device) / 127.5 - 1
     if flip:
         mirror = torch.rand(len(batch), 1, 1, 1, device=batch.device, generator=rng) < 0.5
@@ -334,7 +334,7 @@ class Generator(nn.Sequential):
         super().__init__(
             nn.Unflatten(1, (latent_dim, 1, 1)),                    # 100 x  1 x  1
             up(latent_dim, widths[0], relu, stride=1, padding=0),   # 512 x  4 x  4
-            *[up(*pair, relu) for pair in pairwise(widths)],        # 256 x  8 x  8
+            *[up(a, b, relu) for a, b in pairwise(widths)],         # 256 x  8 x  8
                                                                     # 128 x 16 x 16
                                                                     #  64 x 32 x 32
             nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1),      #   3 x 64 x 64
@@ -350,7 +350,7 @@ class Discriminator(nn.Sequential):
         super().__init__(                                           #   3 x 64 x 64
             nn.Conv2d(channels, widths[0], 4, 2, 1),                #  64 x 32 x 32
             nn.LeakyReLU(LEAKY_SLOPE, True),
-            *[down(*pair) for pair in pairwise(widths)],            # 128 x 16 x 16
+            *[down(a, b) for a, b in pairwise(widths)],             # 128 x 16 x 16
                                                                     # 256 x  8 x  8
                                                                     # 512 x  4 x  4
             nn.Conv2d(widths[-1], 1, 4),                            #   1 x  1 x  1
@@ -371,7 +371,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     bce = F.binary_cross_entropy_with_logits
     # with `bf16` the networks compute in 16 bits; the losses, after float(), in 32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    # two masks, n x 1: whose label to swap, by default nobody's
+    # two masks, n x 1: True where a label is swapped, by default nowhere
     swap_real, swap_fake = torch.rand(2, n, 1, device=device, generator=rng) < flip_labels
     one = 1.0 - label_smoothing         # the label for "real"; that for "fake" is 0
     real_labels = torch.where(swap_real, 0.0, one)
@@ -435,7 +435,7 @@ def compare(fake, real):
     Diversity is the mean distance between two fakes over that between two reals."""
     fake, real = project(fake).double(), project(real).double()
     cov_fake, cov_real = fake.T.cov(correction=0), real.T.cov(correction=0)
-    # the trace of a product's square root is the sum of its eigenvalues' roots
+    # trace(sqrt(A)) is the sum of the square roots of A's eigenvalues
     trace_sqrt = torch.linalg.eigvals(cov_fake @ cov_real).real.clamp(min=0).sqrt().sum()
     gap = (fake.mean(0) - real.mean(0)).square().sum()
     distance = gap + cov_fake.trace() + cov_real.trace() - 2 * trace_sqrt
@@ -453,7 +453,7 @@ def plot_losses(losses, epoch_steps, path):
         draw.text((50, y), f"{highest * fifth / 5:.3g}", "#444", font, "rm")
         draw.text((x, 420), f"epoch {epochs * fifth / 5:.3g}", "#444", font, "mt")
     x = torch.linspace(60, 760, len(losses)).tolist()
-    y = 410 - 350 * losses.T.clamp(max=highest) / highest       # 2 x steps
+    y = 410 - 350 * losses.T.clamp(max=highest) / highest       # 2 x steps, pixels from the top
     side = len(losses) // 100       # steps on either side over which the mean goes
     means = F.avg_pool1d(y, 2 * side + 1, 1, side, count_include_pad=False)
     for curve, light in zip(y.tolist(), ("#c5d5ea", "#f5d5c0")):
@@ -519,7 +519,7 @@ class Run:
         self.step = 0
         self.log = []                           # the rows of log.csv
         self.history = torch.empty(0, 4)        # a row of RECORDED a step
-        self.unread = []        # the latest, still on the device: to read each, the host would wait
+        self.unread = []        # rows still on the device: the host would have to wait for each
 
         # what each epoch's end draws from and compares with; on any device the same
         fixed_rng = torch.Generator().manual_seed(args.seed)
@@ -561,7 +561,7 @@ class Run:
             report("the checkpoint is from another kind of device: from here on the noise differs")
 
     def read_losses(self):
-        """Bring the losses to the host, which waits for the device here, and at an epoch's end.
+        """Bring the unread losses to the host, which has to wait for the device.
 
         UserError if a loss or a weight is not finite."""
         rows = torch.stack(self.unread)
@@ -638,8 +638,8 @@ def best_epoch(rows):
 def warn(rows, fake_scores):
     """Say what goes wrong, if anything, in the latest epoch; `rows` has one row an epoch.
 
-    `fake_scores` are the D(G(z)) of that epoch's steps: unlike loss_d, they are near 0 for a D that
-    has won with smoothed labels, too."""
+    `fake_scores`, the D(G(z)) of that epoch's steps, are near 0 if D has won; with smoothed labels,
+    loss_d is not."""
     latest, best = rows[-1], best_epoch(rows)
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
         report("warning: the generator collapses; try equal, lower --lr-g and --lr-d, "
@@ -732,8 +732,8 @@ def train(args, checkpoint=None):
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch,
                                 bf16=bf16, fresh_noise=args.fresh_noise, rng=run.rng,
                                 label_smoothing=args.label_smoothing, flip_labels=args.flip_labels)
-            # the first weights are random: a young average (with 0.999, up to step 8,991) covers
-            # only about the last ninth of the steps
+            # the first weights are random: early on, average about the last ninth of the steps so
+            # far (with 0.999, up to step 8,991)
             update_average(run.ema, run.G, min(args.ema, step / (9 + step)))
             if rank > 0:
                 continue
@@ -752,7 +752,7 @@ def train(args, checkpoint=None):
                 report(f"stopped after step {step}: go on with --resume")
                 raise SystemExit(128 + stop[0])
     if rank == 0:
-        animate(out / "samples", run.last_step // run.epoch_steps, out / "samples.gif")
+        animate(out / "samples", run.epoch, out / "samples.gif")
         report(f"done: see {out}")
 
 def generate(checkpoint, count, folder, seed=42, device="cpu"):
@@ -816,7 +816,7 @@ def parse_args(argv=None, settings=None):
     group = parser.add_argument_group("data")
     flag("--data", str, str(CELEBA_FOLDER), "folder or .zip of pictures, or toy")
     flag("--image-size", int, 64, "in pixels", choices=WIDTHS)
-    flag("--crop", count, None, "pixels of the centre crop (160 for CelebA, else all)")
+    flag("--crop", count, None, "pixels of the centre crop (160 for CelebA, else the largest)")
     group = parser.add_argument_group("networks and training")
     flag("--width", count, 64, "channels at half the image size")
     flag("--activation", str, "leaky_relu", "the generator's", choices=("leaky_relu", "relu"))
