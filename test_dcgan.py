@@ -642,10 +642,10 @@ def test_files_of_a_run(finished, pictures):
 def test_flags_reach_what_they_are_for(finished, pictures, monkeypatch):
     names = "decode", "to_batch", "train_step"
     decoded, batches, steps = [record(monkeypatch, name) for name in names]
-    run("--data", pictures, *SMALL, "--dry-run", *"""--crop 20 --flip --seed 7 --activation relu
+    run("--data", pictures, *SMALL, "--dry-run", *"""--crop 32 --flip --seed 7 --activation relu
         --lr-g 0.1 --lr-d 0.2 --beta1 0.3 --precision bf16
         --fresh-noise --label-smoothing 0.4 --flip-labels 0.5""".split())
-    assert {args[1:] for args, _ in decoded} == {(32, 20)}
+    assert {args[1:] for args, _ in decoded} == {(32, 32)}
     [(args, _)] = batches
     assert torch.equal(args[1], next(dcgan.shuffled(40, 8, 0, 1, seed=7))[1])
     assert args[3]      # flip
