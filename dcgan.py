@@ -648,7 +648,7 @@ def warn(rows, fake_scores):
         report("warning: the discriminator has won; try a lower --lr-d or a higher --lr-g")
     if best_epoch(rows[-5:])["frechet"] > 1.1 * best["frechet"]:        # all five are worse
         report(f"warning: past its best, epoch {best['epoch']}, which best.pt keeps; "
-               "more pictures or --label-smoothing 0.1 may last longer")
+               "more pictures last longer")
 
 def log_losses(run, out):
     """Print a row and write log.csv; at an epoch's end with measures, pictures and warnings."""
