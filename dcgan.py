@@ -6,7 +6,7 @@
     python dcgan.py --generate 1000                         pictures from its best epoch
 
 It exits with 0, 1 after an error that the user can fix, 2 after a wrong flag, 130 or 143 if Ctrl-C
-or SIGTERM ends the training. Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT
+or SIGTERM stops the training. Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT
 453, lecture 18.6; Goodfellow et al. 2014, arXiv:1406.2661; Chintala et al. 2016, ganhacks.
 """
 from itertools import pairwise
@@ -17,12 +17,12 @@ from torch import nn
 
 # ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
 LATENT_DIM = 100
-# for each image size the channels of its maps, smallest map first, as multiples of the width; each
-# map has twice the side of the one before, and the image twice that of the last
+# for each image size the channels of its maps, as multiples of the width: of the smallest map, then
+# of maps of twice the side, up to half the image's side. For 96 from 6 x 6 on, add 96: (8, 4, 2, 1)
 WIDTHS = {32: (4, 2, 1), 64: (8, 4, 2, 1), 128: (8, 8, 4, 2, 1), 256: (8, 8, 8, 4, 2, 1)}
 
 def plan_maps(image_size, width):
-    """The channels of the maps, smallest map first, and its side; ValueError for another size."""
+    """The channels of the maps and the side of the smallest, 4 at these sizes; or a ValueError."""
     if image_size not in WIDTHS:
         raise ValueError(f"image_size {image_size} is not one of {list(WIDTHS)}")
     factors = WIDTHS[image_size]
@@ -33,7 +33,7 @@ def plan_maps(image_size, width):
 
 def init_weights(module):
     """Weights ~ N(0, 0.02), batch norm scales ~ N(1, 0.02) (Radford et al. 2016, section 4).
-    Parametrisations such as spectral norm come after it, or it would write into a temporary."""
+    Spectral norm and the like come after it, or it would fill a temporary copy of the weight."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -42,7 +42,7 @@ def init_weights(module):
 def block(convolution, inputs, outputs, slope, kernel=4, stride=2, padding=1):
     """By default Conv2d halves the side of a map, and ConvTranspose2d doubles it."""
     return nn.Sequential(
-        convolution(inputs, outputs, kernel, stride, padding, bias=False),  # batch norm has one
+        convolution(inputs, outputs, kernel, stride, padding, bias=False),  # batch norm adds one
         nn.BatchNorm2d(outputs),
         nn.LeakyReLU(slope, inplace=True),
     )
@@ -80,12 +80,12 @@ class Discriminator(nn.Sequential):
 
 # ---- The game (Goodfellow et al. 2014; lecture 18.6) ---------------------------------------------
 def bce(logits, label, flip=0.0, rng=None):
-    """Binary cross-entropy of logits N x 1 with a label, 1 for real or 0 for fake: their mean loss.
-    For a random share `flip` of them, the label is swapped (ganhacks, trick 6)."""
+    """Mean binary cross-entropy of logits N x 1 with a label, 1 for real or 0 for fake.
+    For a random share `flip` of the logits, the label is swapped (ganhacks, trick 6)."""
     labels = torch.full_like(logits, label)
     if flip:
         swapped = torch.rand(logits.shape, device=logits.device, generator=rng) < flip
-        labels = torch.where(swapped, 1 - labels, labels)
+        labels[swapped] = 1 - label
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, bf16=False,
@@ -93,8 +93,8 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
     G maps latents z, normal noise N x latent_dim, to images. D maps images to logits N x 1; the
     sigmoid of a logit is D(x), the probability that image x is real. With `bf16`, the networks
-    compute in bfloat16, the losses in float32. `rng` is a torch.Generator on real's device. Returns
-    loss_d, loss_g and the means of D(x) and D(G(z)), all but loss_g from before D's update."""
+    compute in bfloat16, the losses in float32. `rng` is a torch.Generator on its device. Returns
+    loss_d, loss_g and the means of D(x) and D(G(z)); D's update comes after all but loss_g."""
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     def noise():
@@ -119,17 +119,17 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
         logits = D(fake).float()        # again, because D was just updated
     loss_g = bce(logits, 1)
     optimizer_g.zero_grad()
-    loss_g.backward(inputs=list(G.parameters()))        # through D, but not into it
+    loss_g.backward(inputs=list(G.parameters()))        # D passes the gradient on and keeps none
     optimizer_g.step()
 
-    # the sigmoid belongs to this loss: with another one, logits are no log-odds
+    # the sigmoids belong to this loss; with another one, drop them and the 0.05 of find_troubles
     return torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(),
                         fake_logits.sigmoid().mean()]).detach()
 
 @torch.no_grad()
 def update_average(average, G, decay, step):
-    """Move `average`, a copy of G, towards G after training step number `step`, counted from 1.
-    G and D circle each other: G's average weights are nearer to the centre and draw better."""
+    """Move `average`, once copy.deepcopy(G).eval(), towards G after step number `step`, from 1 on.
+    G and D chase each other around an optimum; averaged weights are nearer and draw better."""
     decay = min(decay, step / (9 + step))   # early weights are near random: use a shorter memory
     # the tensors in a state dict are the network's own: to write into them changes the network
     for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
@@ -157,7 +157,6 @@ from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from uuid import NAMESPACE_URL, uuid4, uuid5
 from zipfile import BadZipFile, ZipFile
-
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torchvision.datasets import CelebA
@@ -170,7 +169,7 @@ class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
 def seed_of(*parts):
-    """32 bits, all that a CPU uses, of a mixture: those of (42, 2) and of (43, 1) are unrelated."""
+    """Hash the parts to a seed: (42, 2) and (43, 1) get unrelated ones. A CPU uses 32 bits only."""
     return random.Random(repr(parts)).getrandbits(32)
 
 @contextmanager
@@ -186,7 +185,7 @@ def atomic_write(path):
 
 # ---- Pictures in: from a path to one uint8 tensor, from that tensor to batches in [-1, 1] --------
 CELEBA_FOLDER = Path("data/celeba")
-CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]
+CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]      # of the archive of aligned faces
 CELEBA_URLS = (
     f"https://drive.google.com/file/d/{CELEBA_ID}/view",
     f"https://cseweb.ucsd.edu/~weijian/static/datasets/celeba/{CELEBA_ZIP}",
@@ -197,11 +196,10 @@ DATA_HELP = f"put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand, or use --data toy o
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
     rng, faces = random.Random(0), []
-    canvas = 2 * image_size     # to be reduced: smooth edges
     for _ in range(count):
-        size, skin = canvas * rng.uniform(0.7, 1), rng.randint(45, 85)
-        corner = rng.uniform(0, canvas - size)
-        image = Image.new("RGB", (canvas, canvas), f"hsl({rng.randint(0, 360)}, 30%, 60%)")
+        size, skin = image_size * rng.uniform(0.7, 1), rng.randint(45, 85)
+        corner = rng.uniform(0, image_size - size)
+        image = Image.new("RGB", (image_size, image_size), f"hsl({rng.randint(0, 360)}, 30%, 60%)")
         for color, *box in (        # left, top, right, bottom
                 (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),           # hair
                 (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),                         # face
@@ -209,7 +207,7 @@ def toy_faces(count=4096, image_size=64):
                 ("#123", 0.32, 0.42, 0.42, 0.5),                                            # eyes
                 ("#123", 0.58, 0.42, 0.68, 0.5)):
             ImageDraw.Draw(image).ellipse([corner + size * edge for edge in box], color)
-        faces.append(TF.pil_to_tensor(image.reduce(2)))
+        faces.append(TF.pil_to_tensor(image))
     return torch.stack(faces)
 
 def is_picture(path):
@@ -251,7 +249,7 @@ def find_pictures(path):
     files = sorted(list_files(archive if archive.exists() else path), key=itemgetter(0))
     pictures = [file for file in files if is_picture(file[0])]
     print(f"{path}: {len(pictures)} pictures, {len(files) - len(pictures)} other files passed over")
-    return pictures[:162_770] if len(pictures) == 202_599 else pictures     # all of CelebA
+    return pictures[:162_770] if len(pictures) == 202_599 else pictures     # all of CelebA's
 
 def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> its centred square of `crop` pixels, resized: RGB (PIL).
@@ -283,20 +281,21 @@ def write_cache(cache, pictures, image_size=64, crop=None):
             tqdm.write("\n".join(skipped), sys.stderr)
         if not file.tell():
             raise UserError(f"no picture can be read; {''.join(skipped[:1])} {DATA_HELP}")
-        file.write(b"\0")      # so that the size tells a whole file from a truncated one
+        file.write(b"\0")      # by this end, load_images tells a whole file from a truncated one
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
-    It is mapped from a file in data/, so it may be larger than memory, and to write into it changes
-    the file. UserError if there is no picture that can be read."""
+    It is mapped from a file in data/, so it may be larger than memory. Writing into it changes that
+    file; after a change to decode, delete it. UserError if there is no picture that can be read."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     pictures = find_pictures(Path(path))
-    key = ascii([image_size, crop, *[(path, stamp) for path, stamp, _ in pictures]])
+    key = ascii([image_size, crop, *[picture[:2] for picture in pictures]])     # no readers
     cache = Path("data", f"{uuid5(NAMESPACE_URL, key)}.dcgan")
     if not cache.exists() or cache.stat().st_size % (image_size**2 * 3) != 1:
         write_cache(cache, pictures, image_size, crop)
-    pixels = torch.from_file(str(cache), True, cache.stat().st_size - 1, dtype=torch.uint8)
+    size = cache.stat().st_size
+    pixels = torch.from_file(str(cache), shared=True, size=size - 1, dtype=torch.uint8)
     return pixels.unflatten(0, (-1, image_size, image_size, 3)).permute(0, 3, 1, 2)
 
 def batches(images, batch_size, epochs=1, seed=42, done=0, device=None, rank=0, ranks=1):
@@ -356,8 +355,8 @@ def plot_losses(losses, epochs, path):
 def animate(folder, epochs, path):
     """Make a GIF of the grids in `folder` that epochs 1 to `epochs` have left."""
     grids = [folder / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
-    frames = map(Image.open, filter(Path.exists, grids))        # opened one at a time
-    for first in frames:        # once: the first one takes all the others along
+    frames = map(Image.open, filter(Path.exists, grids))        # an iterator: few are open at once
+    for first in frames:        # only once, for to save the first one uses up all others
         first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun --------------------------------------------------
@@ -375,10 +374,9 @@ def find_device(name, precision):
     except Exception as error:      # each kind of device has errors of its own
         raise UserError(f"--device {name} cannot be used: {error}; try --device cpu")
     device = torch.device(name)
+    native = torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
     return device, native if precision == "auto" else precision == "bf16"
 
 def average_gradient(parameter):
@@ -503,7 +501,7 @@ def start(args, device, saved):
         raise UserError(f"--out {args.out} holds a run: --resume it, or choose another --out")
     join = partial(dist.init_process_group, timeout=timedelta(days=1))
     if LOCAL_RANK > 0:
-        join()      # returns once all have joined, so after one process prepared the pictures
+        join()      # ends once all have joined: this machine's first process prepares the pictures
     images = load_images(args.data, args.image_size, args.crop)
     if RANKS > 1 and LOCAL_RANK == 0:
         join()
@@ -558,7 +556,8 @@ def generate(saved, count, out, seed, device):
     walk = [a.lerp(b, i / 7) for a, b in zip(noise[:8], noise[8:16]) for i in range(8)]
     save_image(sample(G, torch.stack(walk)) / 255, out / "walk.png")
     save_image(sample(G, noise[16:80]) / 255, out / "generated.png")
-    (folder := out / "generated").mkdir(exist_ok=True)
+    folder = out / "generated"
+    folder.mkdir(exist_ok=True)
     for file in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):      # an earlier call's
         file.unlink()
     for i, latent in enumerate(tqdm(noise[16:], "generating", disable=None), 1):
@@ -586,15 +585,15 @@ def parse_args(argv=None, settings=None):
     flag("--ema", share, 0.999, "decay of the generator's moving average")
     flag("--epochs", natural, 20, "passes over the pictures")
     flag("--batch-size", natural, 128, "images a step")
-    flag("--lr-g", share, 4e-4, "generator's learning rate")
-    flag("--lr-d", share, 4e-4, "discriminator's learning rate")
-    flag("--beta1", number(float, 0, 0.999), 0.25, "of Adam")
+    flag("--lr-g", share, 4e-4, "generator's learning rate (the paper: 2e-4)")
+    flag("--lr-d", share, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
+    flag("--beta1", number(float, 0, 0.999), 0.25, "of Adam (the paper: 0.5)")
     flag("--optimizer-d", str, "adam", "the discriminator's", choices=("adam", "sgd"))
     flag("--flip-labels", share, 0.0, "share of the discriminator's labels to swap")
     flag("--out", Path, "out", "folder for everything that the run makes")
     flag("--generate", natural, None, "draw so many pictures from the run's best epoch")
     flag("--seed", number(int, 0), 42, "random seed")
-    found = torch.accelerator.current_accelerator(True) or "cpu"
+    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     flag("--device", str, str(found), "cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", choices=("auto", "bf16", "fp32"))
     flag("--log-interval", natural, 100, "steps between printed lines")
@@ -607,9 +606,9 @@ def read_checkpoint(argv, args):
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     try:
         saved = torch.load(path, "cpu", weights_only=True)
-        settings = saved["config"] and saved["settings"]
+        settings = saved["config"] and saved["settings"]        # an older version lacks one
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint of this version: {error!r:.200}")
+        raise UserError(f"{path} cannot be used as a checkpoint of this version: {error!r:.200}")
     args = parse_args(argv, settings)
     free = {"data", "epochs", "device", "precision", "log_interval"}    # what may differ
     for name in settings.keys() - free:
@@ -624,6 +623,8 @@ def main(argv=None):
         if args.resume or args.generate:
             args, saved = read_checkpoint(argv, args)
         device, bf16 = find_device(args.device, args.precision)
+        if args.batch_size % RANKS:
+            raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
         if not args.generate:
             train(args, device, bf16, saved)
         elif RANK == 0:
