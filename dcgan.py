@@ -6,7 +6,7 @@
     python dcgan.py --generate 1000                         pictures from its best epoch
 
 It exits with 0, 1 after an error that the user can fix, 2 after a wrong flag, 130 or 143 if Ctrl-C
-or SIGTERM stops the training. Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT
+or SIGTERM made it save and stop. Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT
 453, lecture 18.6; Goodfellow et al. 2014, arXiv:1406.2661; Chintala et al. 2016, ganhacks.
 """
 from itertools import pairwise
@@ -17,8 +17,8 @@ from torch import nn
 
 # ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
 LATENT_DIM = 100
-# for each image size the channels of its maps, as multiples of the width: of the smallest map, then
-# of maps of twice the side, up to half the image's side. For 96 from 6 x 6 on, add 96: (8, 4, 2, 1)
+# image size: channels of each map in multiples of the width, from the smallest map to that of half
+# the image's side, each of twice the side of the one before. Another: 96: (8, 4, 2, 1), from 6 x 6
 WIDTHS = {32: (4, 2, 1), 64: (8, 4, 2, 1), 128: (8, 8, 4, 2, 1), 256: (8, 8, 8, 4, 2, 1)}
 
 def plan_maps(image_size, width):
@@ -33,7 +33,7 @@ def plan_maps(image_size, width):
 
 def init_weights(module):
     """Weights ~ N(0, 0.02), batch norm scales ~ N(1, 0.02) (Radford et al. 2016, section 4).
-    Spectral norm and the like come after it, or it would fill a temporary copy of the weight."""
+    Add spectral norm and the like after this: then module.weight is a computed copy."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -42,7 +42,7 @@ def init_weights(module):
 def block(convolution, inputs, outputs, slope, kernel=4, stride=2, padding=1):
     """By default Conv2d halves the side of a map, and ConvTranspose2d doubles it."""
     return nn.Sequential(
-        convolution(inputs, outputs, kernel, stride, padding, bias=False),  # batch norm adds one
+        convolution(inputs, outputs, kernel, stride, padding, bias=False),  # batch norm has a bias
         nn.BatchNorm2d(outputs),
         nn.LeakyReLU(slope, inplace=True),
     )
@@ -93,8 +93,8 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
     G maps latents z, normal noise N x latent_dim, to images. D maps images to logits N x 1; the
     sigmoid of a logit is D(x), the probability that image x is real. With `bf16`, the networks
-    compute in bfloat16, the losses in float32. `rng` is a torch.Generator on its device. Returns
-    loss_d, loss_g and the means of D(x) and D(G(z)); D's update comes after all but loss_g."""
+    compute in bfloat16, the losses in float32. `rng` is a torch.Generator, on real's device.
+    Returns loss_d, loss_g and the means of D(x) and D(G(z)); all but loss_g predate D's update."""
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     def noise():
@@ -169,7 +169,7 @@ class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
 def seed_of(*parts):
-    """Hash the parts to a seed: (42, 2) and (43, 1) get unrelated ones. A CPU uses 32 bits only."""
+    """Hash the parts to a seed: (42, 2) and (43, 1) get unrelated ones. CPUs keep 32 bits only."""
     return random.Random(repr(parts)).getrandbits(32)
 
 @contextmanager
@@ -286,7 +286,7 @@ def write_cache(cache, pictures, image_size=64, crop=None):
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
     It is mapped from a file in data/, so it may be larger than memory. Writing into it changes that
-    file; after a change to decode, delete it. UserError if there is no picture that can be read."""
+    file; delete it after a change to decode. UserError if there is no picture that can be read."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     pictures = find_pictures(Path(path))
@@ -356,7 +356,7 @@ def animate(folder, epochs, path):
     """Make a GIF of the grids in `folder` that epochs 1 to `epochs` have left."""
     grids = [folder / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
     frames = map(Image.open, filter(Path.exists, grids))        # an iterator: few are open at once
-    for first in frames:        # only once, for to save the first one uses up all others
+    for first in frames:        # runs once: saving the first consumes the rest
         first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun --------------------------------------------------
@@ -374,7 +374,7 @@ def find_device(name, precision):
     except Exception as error:      # each kind of device has errors of its own
         raise UserError(f"--device {name} cannot be used: {error}; try --device cpu")
     device = torch.device(name)
-    native = torch.cpu._is_avx512_bf16_supported()
+    native = torch.cpu._is_avx512_bf16_supported()      # false on Macs with mps
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     return device, native if precision == "auto" else precision == "bf16"
@@ -412,7 +412,7 @@ class Run:
         build_d = {"adam": adam, "sgd": torch.optim.SGD}[args.optimizer_d]
         self.optimizer_d = build_d(self.D.parameters(), args.lr_d)
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        self.pictures = len(images)
+        self.pictures = len(images)         # how many there are
         self.epoch_steps = self.pictures // args.batch_size
         self.step = 0                                       # steps that are done
         self.losses = torch.empty(0, 4)                     # what each step returned
@@ -436,7 +436,7 @@ class Run:
         return row
 
     def load(self, state):
-        state["settings"] = self.settings       # some may differ when a run goes on
+        state["settings"] = self.settings       # keep this call's: some may differ from the saved
         for name, value in vars(self).items():
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(state[name])
@@ -534,13 +534,13 @@ def train(args, device, bf16, saved=None):
     with stop_signals() as signals:
         for batch in tqdm(source, None, total, initial=run.step, disable=RANK > 0 or None):
             run.step += 1
-            # decided by the seed and the step alone, so that a resumed run draws the same noise
+            # decided by seed, step and rank alone, so that a resumed run draws the same noise
             rng = torch.Generator(device).manual_seed(seed_of("noise", args.seed, run.step, RANK))
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch, bf16=bf16,
                                 fresh_noise=args.fresh_noise, flip_labels=args.flip_labels, rng=rng)
             update_average(run.ema, run.G, args.ema, run.step)
             run.losses = torch.cat([run.losses.to(device), losses[None]])
-            if RANK == 0:       # the other ranks hold the same networks
+            if RANK == 0:       # the other ranks hold the same weights
                 end_step(run, real, args, signals[:])       # a copy, as one may come any time
     if RANK == 0:
         animate(args.out / "samples", run.step // run.epoch_steps, args.out / "samples.gif")
@@ -606,7 +606,7 @@ def read_checkpoint(argv, args):
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     try:
         saved = torch.load(path, "cpu", weights_only=True)
-        settings = saved["config"] and saved["settings"]        # an older version lacks one
+        settings, _ = saved["settings"], saved["config"]        # KeyError: an older version
     except Exception as error:
         raise UserError(f"{path} cannot be used as a checkpoint of this version: {error!r:.200}")
     args = parse_args(argv, settings)

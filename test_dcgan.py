@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from functools import partial
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -34,6 +33,9 @@ def networks(image_size=32, width=8, seed=0):
     G = dcgan.Generator(width=width, image_size=image_size)
     return G, dcgan.Discriminator(width=width, image_size=image_size)
 
+def parameters_of(*nets):
+    return [p for net in nets for p in net.parameters()]
+
 def sgd(G, D, rate_g=1, rate_d=1):
     """With SGD, an update is a gradient."""
     return torch.optim.SGD(G.parameters(), rate_g), torch.optim.SGD(D.parameters(), rate_d)
@@ -41,15 +43,16 @@ def sgd(G, D, rate_g=1, rate_d=1):
 def one_step(device, bf16):
     """Train one step: every parameter moves, and stays finite and float32."""
     G, D = [net.to(device) for net in networks(64)]
-    before = [p.clone() for p in (*G.parameters(), *D.parameters())]
+    parameters = parameters_of(G, D)
+    before = [p.clone() for p in parameters]
     computed = []
-    G[1][1].register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
+    G[1].register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
     real = torch.rand(8, 3, 64, 64, device=device)
     losses = dcgan.train_step(G, D, *sgd(G, D), real, bf16=bf16)
     assert computed == [torch.bfloat16 if bf16 else torch.float32]
     assert losses.isfinite().all()
-    for p, old in zip((*G.parameters(), *D.parameters()), before):
-        assert p.dtype == torch.float32
+    assert {p.dtype for p in parameters} == {torch.float32}
+    for p, old in zip(parameters, before):
         assert p.isfinite().all()
         assert not torch.equal(p, old)
 
@@ -73,19 +76,17 @@ def test_one_training_step_on_the_cpu(bf16):
 # ---- Networks ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
 def test_every_size_and_another_with_a_row_in_the_table(size, monkeypatch):
-    monkeypatch.setitem(dcgan.WIDTHS, 96, (8, 4, 2, 1))
+    monkeypatch.setitem(dcgan.WIDTHS, 96, (8, 4, 2, 1))         # from 6 x 6 on
+    monkeypatch.setitem(dcgan.WIDTHS, 100, (8, 4, 2, 1))
     G, D = networks(size)
     images = G(torch.randn(2, 100))
     assert images.shape == (2, 3, size, size)
     assert D(images).shape == (2, 1)
-    assert G[1][0].kernel_size == ((6, 6) if size == 96 else (4, 4))
-
-@pytest.mark.parametrize("size, told", [(65, "65 is not one of .32, 64"), (100, "halved 4 times")])
-def test_a_size_that_does_not_fit_is_refused(size, told, monkeypatch):
-    monkeypatch.setitem(dcgan.WIDTHS, 100, (8, 4, 2, 1))
     for network in dcgan.Generator, dcgan.Discriminator:
-        with pytest.raises(ValueError, match=told):
-            network(image_size=size)
+        with pytest.raises(ValueError, match="65 is not one of .32, 64"):
+            network(image_size=65)
+        with pytest.raises(ValueError, match="100 cannot be halved 4 times"):
+            network(image_size=100)
 
 @pytest.mark.parametrize("network, slope, parameters", [
     (dcgan.Generator(), 0.2, 3_576_707),
@@ -96,12 +97,10 @@ def test_a_size_that_does_not_fit_is_refused(size, told, monkeypatch):
 def test_layers_are_the_papers_but_for_the_slope(network, slope, parameters):
     assert sum(p.numel() for p in network.parameters()) == parameters
     for layer in network.modules():
-        if isinstance(layer, torch.nn.LeakyReLU):
-            assert layer.negative_slope == slope
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            assert 0.99 < layer.weight.mean() < 1.01
+        assert getattr(layer, "negative_slope", slope) == slope
         if hasattr(layer, "weight"):
             assert 0.015 < layer.weight.std() < 0.025
+            assert layer.weight.mean().round() == isinstance(layer, torch.nn.BatchNorm2d)
 
 # ---- The game ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fresh_noise", [False, True])
@@ -129,8 +128,7 @@ def test_step_is_the_one_written_out_here(fresh_noise, rates):
 
     scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
     torch.testing.assert_close(losses, torch.stack([loss_d, loss_g, *scores]).detach())
-    for net, expected in zip(nets, (G, D)):
-        torch.testing.assert_close(list(net.parameters()), list(expected.parameters()))
+    torch.testing.assert_close(parameters_of(*nets), parameters_of(G, D))
     assert not losses.requires_grad
 
 @pytest.mark.parametrize("share, real, fake", [(0, 1, 0), (1, 0, 1), (0.25, 0.75, 0.25)])
@@ -146,20 +144,24 @@ def test_step_freezes_nothing_and_thaws_nothing():
     optimizer_g, optimizer_d = sgd(G, D)
     D[0].requires_grad_(False)
     before = [p.requires_grad for p in D.parameters()]
-    optimizer_g.zero_grad = lambda: 1 / 0       # in G's half
-    with pytest.raises(ZeroDivisionError):
+    optimizer_g.zero_grad = None        # raises in G's half
+    with pytest.raises(TypeError):
         dcgan.train_step(G, D, optimizer_g, optimizer_d, torch.zeros(8, 3, 32, 32))
     assert [p.requires_grad for p in D.parameters()] == before
 
-@pytest.mark.parametrize("tricks", [{}, {"fresh_noise": True, "flip_labels": 0.5}])
-def test_step_and_average_make_no_tensor_on_another_device(tricks, monkeypatch):
+def test_step_average_and_sample_make_no_tensor_on_another_device(monkeypatch):
     """On the meta device, where a tensor made on the CPU raises."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
-    G, D = [net.to("meta") for net in networks()]
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
+    G, D, average = [net.to("meta") for net in (*networks(), networks()[0])]
     real = torch.empty(8, 3, 32, 32, device="meta")
-    losses = dcgan.train_step(G, D, *sgd(G, D), real, **tricks)
-    assert losses.device.type == "meta"
-    dcgan.update_average(networks()[0].to("meta"), G, 0.999, 1)
+    for tricks in {}, {"fresh_noise": True, "flip_labels": 0.5}:
+        losses = dcgan.train_step(G, D, *sgd(G, D), real, **tricks)
+        assert losses.device.type == "meta"
+    dcgan.update_average(average, G, 0.999, 1)
+    images = dcgan.sample(average.eval(), torch.randn(130, 100))
+    assert (images.device.type, images.dtype) == ("meta", torch.uint8)
+    assert images.shape == (130, 3, 32, 32)
 
 @pytest.mark.parametrize("decay, step, share", [(0.999, 1, 0.9), (0.5, 99, 0.5), (0, 9, 1)])
 def test_average_has_a_short_memory_at_first(decay, step, share):
@@ -238,12 +240,11 @@ def same(a, b):
 def replace(monkeypatch, name, change=None, owner=dcgan):
     """Let change(number of the call, function, ...) take a function's place; return its calls."""
     original, calls = getattr(owner, name), []
+    change = change or (lambda i, original, *args, **options: original(*args, **options))
 
     def replaced(*args, **options):
         calls.append((args, options))
-        if change:
-            return change(len(calls), original, *args, **options)
-        return original(*args, **options)
+        return change(len(calls), original, *args, **options)
 
     monkeypatch.setattr(owner, name, replaced)
     return calls
@@ -271,23 +272,22 @@ def archive(path, files):
     ((75, 120), 200, 75),
 ])
 def test_preparation_is_the_lectures_to_the_last_bit(size, crop, expected):
-    data = encoded(T.ToPILImage()(torch.rand(3, 97, 83)).resize(size))
+    image = Image.effect_noise(size, 99)
+    prepared = dcgan.decode(encoded(image, "PNG"), 64, crop)
     lecture = T.Compose([T.CenterCrop(expected), T.Resize(64)])
-    assert dcgan.decode(data, 64, crop).tobytes() == lecture(Image.open(BytesIO(data))).tobytes()
+    assert prepared.tobytes() == lecture(image.convert("RGB")).tobytes()
 
-def grey(value, kind):
-    return Image.fromarray(torch.full((40, 40), value).numpy().astype(kind))
-
-@pytest.mark.parametrize("image, kind, color", [
-    (grey(128, "uint8"), "PNG", (128, 128, 128)),
-    (grey(32768, "uint16"), "PNG", (128, 128, 128)),
-    (grey(128, "int32"), "TIFF", (128, 128, 128)),
-    (RED.convert("RGBA"), "PNG", (255, 0, 0)),
-    (RED.convert("P"), "GIF", (255, 0, 0)),
-    (RED.convert("CMYK"), "TIFF", (255, 0, 0)),
+@pytest.mark.parametrize("mode, value, kind, color", [
+    ("L", 128, "PNG", (128, 128, 128)),
+    ("I;16", 32768, "PNG", (128, 128, 128)),
+    ("I", 128, "TIFF", (128, 128, 128)),
+    ("RGBA", (255, 0, 0, 9), "PNG", (255, 0, 0)),
+    ("P", (255, 0, 0), "GIF", (255, 0, 0)),
+    ("CMYK", (0, 255, 255, 0), "TIFF", (255, 0, 0)),
 ])
-def test_every_kind_of_picture_becomes_rgb(image, kind, color):
-    assert dcgan.decode(encoded(image, kind), 32).getcolors() == [(32 * 32, color)]
+def test_every_kind_of_picture_becomes_rgb(mode, value, kind, color):
+    data = encoded(Image.new(mode, (40, 50), value), kind)
+    assert dcgan.decode(data, 32).getcolors() == [(32 * 32, color)]
 
 def test_turned_pictures_become_upright_and_malformed_exif_is_ignored(monkeypatch):
     turned = Image.new("L", (40, 40), 0)
@@ -298,17 +298,15 @@ def test_turned_pictures_become_upright_and_malformed_exif_is_ignored(monkeypatc
     monkeypatch.setattr(dcgan.ImageOps, "exif_transpose", None)         # raises
     assert dcgan.decode(data, 40).getpixel((35, 35)) < (5, 5, 5)
 
-@pytest.mark.parametrize("pictures, others", [
-    ("a.jpg ./a/b.PNG a.jfif a.gif a.jp2", "a.dcgan jpg .a.jpg a/._b.jpg ./.hidden/a.jpg a.heic"),
-    ("a.heic", "a.heif"),
-])
-def test_pictures_are_told_by_their_names_on_every_system(pictures, others, monkeypatch):
-    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
-    if pictures == "a.heic":        # once its plugin is there
-        monkeypatch.setitem(Image.OPEN, "HEIF", None)
-    for kind in PurePosixPath, PureWindowsPath:
-        assert all(dcgan.is_picture(kind(name)) for name in pictures.split())
-        assert not any(dcgan.is_picture(kind(name)) for name in others.split())
+@pytest.mark.parametrize("kind", [PurePosixPath, PureWindowsPath])
+def test_pictures_are_told_by_their_names_on_every_system(kind, monkeypatch):
+    pictures = "a.jpg ./a/b.PNG a.jfif a.gif a.jp2"
+    others = "a.dcgan jpg .a.jpg a/._b.jpg ./.hidden/a.jpg a.heic"
+    assert all(dcgan.is_picture(kind(name)) for name in pictures.split())
+    assert not any(dcgan.is_picture(kind(name)) for name in others.split())
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")       # as a plugin does
+    monkeypatch.setitem(Image.OPEN, "HEIF", None)
+    assert dcgan.is_picture(kind("a.heic"))
 
 @pytest.mark.parametrize("source", ["odd", "odd.zip"])
 def test_other_files_are_counted_and_ten_unreadable_pictures_named(source, capsys):
@@ -363,7 +361,7 @@ def test_file_is_written_whole_or_not_at_all():
 
 @pytest.fixture
 def sources(monkeypatch):
-    """What Google Drive and the two copies give, one after the other: bytes, or None, which fails."""
+    """What Google Drive and the two copies give in turn: bytes, or None, which fails."""
     given = []
 
     def give(i, original, *args, **options):
@@ -372,27 +370,25 @@ def sources(monkeypatch):
 
     replace(monkeypatch, "download", give, owner=pytest.importorskip("gdown"))
     replace(monkeypatch, "_urlretrieve", give, owner=utils)
-    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_redirect_hops=3, **options: url)
-    monkeypatch.setattr(dcgan, "CELEBA_MD5", hashlib.md5(b"celeba").hexdigest())
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops: url)
     return given
 
-def test_download_goes_on_to_the_source_that_has_celeba(sources, capsys):
-    sources += [b"a page", None, b"celeba"]
-    dcgan.download_celeba(Path("data/celeba/celeba.zip"))
+def test_celeba_is_downloaded_from_the_source_that_has_it(sources, monkeypatch, capsys):
+    celeba = archive("celeba.zip", {"img_align_celeba/000001.jpg": encoded()}).read_bytes()
+    monkeypatch.setattr(dcgan, "CELEBA_MD5", hashlib.md5(celeba).hexdigest())
+    sources += [b"a page", None, celeba]
+    for attempt in range(2):        # the second finds it there
+        assert dcgan.load_images("data/celeba").shape == (1, 3, 64, 64)
+        assert os.listdir("data/celeba") == ["img_align_celeba.zip"]
     assert capsys.readouterr().err.count("no CelebA from https://") == 2
-    assert contents("data/celeba") == {"celeba.zip": b"celeba"}
 
 def test_download_that_fails_says_what_to_do_and_is_tried_again(sources):
     for attempt in range(2):
         sources += [None, None, None]
         assert "put img_align_celeba.zip into" in error_of("--device", "cpu")
         assert os.listdir("data/celeba") == sources == []
-
-@pytest.mark.parametrize("name", ["img_align_celeba.zip", "img_align_celeba/1.jpg", "x/y/1.PNG"])
-def test_celeba_by_hand_is_found_without_a_download(name, sources):
-    celeba = archive("celeba.zip", {"1.jpg": encoded()}).read_bytes()
-    Path("data/celeba", name).parent.mkdir(parents=True)
-    Path("data/celeba", name).write_bytes(celeba if "zip" in name else encoded())
+    Path("data/celeba/x").mkdir()
+    Path("data/celeba/x/1.PNG").write_bytes(encoded())
     assert len(dcgan.load_images("data/celeba", 32)) == 1
 
 @pytest.mark.parametrize("count, taken", [(202_599, 162_770), (202_598, 202_598)])
@@ -419,13 +415,6 @@ def test_batches_are_shared_floats_from_minus_one_to_one_where_they_are_to_be():
     assert next(dcgan.batches(images, 4, device="meta")).device.type == "meta"
 
 # ---- Pictures out --------------------------------------------------------------------------------
-def test_sample_gives_bytes_from_the_device_of_the_network(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
-    images = dcgan.sample(networks()[0].to("meta").eval(), torch.randn(130, 100))
-    assert images.device.type == "meta"
-    assert images.dtype == torch.uint8
-    assert images.shape == (130, 3, 32, 32)
-
 def test_frechet_distance_is_the_known_one_and_diversity_shows_collapse():
     torch.manual_seed(0)
     noise = torch.randint(0, 256, (2048, 3, 16, 16)).byte()
@@ -466,28 +455,31 @@ def test_loss_plot_shows_both_losses_also_negative_ones(means, steps):
     ("bf16", False, True),
     ("fp32", True, False),
 ])
-def test_processes_have_gpus_and_devices_bf16_where_it_is_native(precision, native, bf16, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 if native else 7, 5))
-    replace(monkeypatch, "zeros", lambda i, zeros, count, device: zeros(count), owner=torch)
+def test_each_process_has_its_gpu_and_bf16_where_it_is_native(precision, native, bf16, monkeypatch):
     monkeypatch.setattr(dcgan, "LOCAL_RANK", 2)
-    for name, device in {"cpu": "cpu", "cuda": "cuda:2", "cuda:1": "cuda:1"}.items():
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + native, 5))
+    replace(monkeypatch, "zeros", lambda i, zeros, count, device: zeros(count), owner=torch)
+    for name, device in ("cpu", "cpu"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1"):
         assert dcgan.find_device(name, precision) == (torch.device(device), bf16)
 
 # ---- The run -------------------------------------------------------------------------------------
-def test_files_rows_and_lines_of_a_run(finished, monkeypatch, capsys):
+def test_files_rows_lines_and_warnings_of_a_run(finished, monkeypatch, capsys):
     assert contents(finished).keys() == FILES
     [*_, row] = csv.DictReader(open(finished / "log.csv"))
     assert (row["epoch"], row["step"]) == ("3", "15")
     mean = checkpoint(finished)["losses"][10:, 1].mean().item()
     assert float(row["loss_g"]) == pytest.approx(mean, rel=1e-3)
-    losses = torch.tensor([0.00012345, 1, 0.5, 0.5])
-    replace(monkeypatch, "train_step", lambda *args, **options: losses)
-    train("--epochs", 1)
-    out = capsys.readouterr().out
-    for step in 2, 4, 5:
-        assert f"epoch 1 step {step} loss_d 0.0001234 loss_g 1.0 D(x) 0.5 D(G(z)) 0.5" in out
-    assert out.count("frechet") == out.count("step 5") == 1
+    scores = iter([0.5] + 9 * [0.01])           # D has not won in the first epoch
+    replace(monkeypatch, "train_step",
+            lambda *args, **options: torch.tensor([0.00012345, 1, 0.5, next(scores)]))
+    train("--epochs", 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" not in line[:9]]
+    steps = [line.split()[3] for line in lines if " loss_d 0.0001234 loss_g 1.0 D(x) 0.5 " in line]
+    assert steps == ["2", "4", "5", "6", "8", "10"]
+    assert [line.split()[3] for line in lines if "frechet" in line] == ["5", "10"]
+    assert lines[-1].startswith("warning: the discriminator has won")
+    assert len(lines) == 8
 
 def test_flags_reach_what_they_are_for(monkeypatch):
     names = "decode", "batches", "train_step", "update_average"
@@ -508,13 +500,12 @@ def test_flags_reach_what_they_are_for(monkeypatch):
     assert options == {"bf16": True, "fresh_noise": True, "flip_labels": 0.5}
     assert averages[0][0][1:] == (G, 0.5, 1)
 
-def test_a_run_may_use_sgd_and_begins_with_the_weights_of_its_seed(monkeypatch):
+def test_a_run_begins_with_the_weights_of_its_seed_and_may_use_sgd(monkeypatch):
     steps = replace(monkeypatch, "train_step")
     train("--epochs", 1, "--seed", 7, "--optimizer-d", "sgd", "--lr-g", 0, "--lr-d", 0)
     G, D, _, optimizer_d, _ = steps[0][0]
     assert isinstance(optimizer_d, torch.optim.SGD)
-    for net, expected in zip((G, D), networks(seed=7)):
-        assert same(list(net.parameters()), list(expected.parameters()))
+    assert same(parameters_of(G, D), parameters_of(*networks(seed=7)))
 
 def test_the_average_is_kept_drawn_and_measured(finished):
     saved = checkpoint(finished)
@@ -526,27 +517,23 @@ def test_the_average_is_kept_drawn_and_measured(finished):
     assert Path("grid.png").read_bytes() == (finished / "samples/epoch_003.png").read_bytes()
     assert saved["rows"][-1]["frechet"] == pytest.approx(dcgan.compare(fakes, FACES)[0], rel=1e-3)
 
-def in_step(monkeypatch, number, *actions):
-    """Do something in the middle of a run."""
+def raise_in_step(monkeypatch, number, *signals):
+    """Let these signals come in the middle of a run, and nobody read its output any longer."""
     def step(i, original, *args, **options):
         if i == number:
-            for action in actions:
-                action()
+            monkeypatch.setattr(sys, "stdout", None)        # as Ctrl-C does to `dcgan.py | tee log`
+            for signum in signals:
+                signal.raise_signal(signum)
         return original(*args, **options)
 
     replace(monkeypatch, "train_step", step)
 
-def interrupt(signum=signal.SIGINT):
-    signal.raise_signal(signum)
-
-@pytest.mark.parametrize("step", [3, 7, 10])
+@pytest.mark.parametrize("step", [3, 6, 10])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_and_resume_as_if_nothing_had_been(step, signum, finished, monkeypatch):
-    """Also where Ctrl-C ends the reader of the output, as in `dcgan.py | tee log`."""
     handler = signal.getsignal(signum)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        close = partial(patch.setattr, sys, "stdout", None)
-        in_step(patch, step, close, lambda: interrupt(signum))
+        raise_in_step(patch, step, signum)
         train("--epochs", 2)
     assert stop.value.code == 128 + signum
     assert handler == signal.getsignal(signum)
@@ -555,17 +542,15 @@ def test_interrupt_and_resume_as_if_nothing_had_been(step, signum, finished, mon
     assert same(contents(), contents(finished))         # bit for bit
 
 def test_second_interrupt_ends_at_once(monkeypatch):
-    in_step(monkeypatch, 7, interrupt, interrupt)
+    raise_in_step(monkeypatch, 7, signal.SIGINT, signal.SIGINT)
     assert "interrupted" in error_of(*SMALL, "--epochs", 2)
     assert checkpoint()["step"] == 5
 
 KILLED_IN_STEP_7 = """if True:
     import os, runpy, sys, torch
-    backward, calls = torch.Tensor.backward, []
-    def killed(*args, **options):
-        calls.append(None)
-        return os.kill(os.getpid(), 9) if len(calls) == 13 else backward(*args, **options)
-    torch.Tensor.backward = killed
+    backward, calls = torch.Tensor.backward, iter(range(12))
+    torch.Tensor.backward = lambda *args, **options: (
+        os.kill(os.getpid(), 9) if next(calls, None) is None else backward(*args, **options))
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")"""
 
@@ -629,53 +614,42 @@ def test_the_best_epoch_is_kept_and_drawn(monkeypatch, capsys):
     run("--generate", 3)
     assert "epoch 2: 3 pictures in " in capsys.readouterr().out
 
-def generate(*argv):
+def generate(finished, *argv):
+    Path("best.pt").write_bytes((finished / "best.pt").read_bytes())
     run("--out", ".", "--generate", *argv)
     return contents("generated")
 
 def test_generate_draws_the_same_again_and_removes_only_its_own(finished, monkeypatch):
-    Path("best.pt").write_bytes((finished / "best.pt").read_bytes())
-    first = generate(70)
+    first = generate(finished, 70)
     image = pil_to_tensor(Image.open("generated/000064.png"))
     cell = pil_to_tensor(Image.open("generated.png"))[:, -34:-2, -34:-2]
     torch.testing.assert_close(image, cell, atol=1, rtol=0)
     Path("generated/mine.png").write_text("precious")
-    assert len(generate(5, "--seed", 7).items() - first.items()) == 6
-    assert generate(70) == first | {"mine.png": b"precious"}
+    assert len(generate(finished, 5, "--seed", 7).items() - first.items()) == 6
+    assert generate(finished, 70) == first | {"mine.png": b"precious"}
     monkeypatch.setattr(dcgan, "RANK", 1)
-    assert len(generate(9)) == 71       # of several processes, only the first one writes
+    assert len(generate(finished, 9)) == 71     # of several processes, only the first one writes
 
 def test_walk_goes_in_small_steps_from_one_picture_to_another(finished):
-    Path("best.pt").write_bytes((finished / "best.pt").read_bytes())
-    generate(1)
-    row = pil_to_tensor(Image.open("walk.png")).float()[:, 2:34, 2:].unfold(2, 32, 34).flatten(3)
-    steps = row.diff(dim=2).square().sum((0, 1, 3))
-    way = (row[:, :, 7] - row[:, :, 0]).square().sum()
-    assert (0 < steps).all()
-    assert (2 * steps < way).all()
+    generate(finished, 1)
+    walk = pil_to_tensor(Image.open("walk.png")).float()[0, 2:34, 2:].unfold(1, 32, 34)
+    steps, way = walk.diff(dim=1).norm(dim=(0, 2)), (walk[:, 7] - walk[:, 0]).norm()
+    assert ((0 < steps) & (1.5 * steps < way)).all()
 
 @pytest.mark.parametrize("step, diversity, fake_score, distances, told", [
-    (301, 0.51, 0.051, [30], []),
-    (301, 0.49, 0.049, [30], ["collapses", "has won"]),
-    (300, 0.49, 0.051, [30], []),           # too early to tell
-    (301, 0.51, 1, [40, 20, 30, 30, 30, 30], []),           # not for long enough
-    (301, 0.51, 1, [40, 20, 23, 23, 23, 23, 23], ["past its best, epoch 2,"]),
-    (301, 0.51, 1, [40, 20, 30, 30, 30, 30, 21], []),       # not clearly
+    (301, 0.51, 0.051, [30], ""),
+    (301, 0.49, 0.051, [30], "the generator collapses"),
+    (300, 0.49, 0.051, [30], ""),           # too early to tell
+    (301, 0.51, 0.049, [30], "the discriminator has won"),
+    (301, 0.51, 1, [40, 20, 30, 30, 30, 30], ""),           # not for long enough
+    (301, 0.51, 1, [40, 20, 23, 23, 23, 23, 23], "past its best, epoch 2,"),
+    (301, 0.51, 1, [40, 20, 30, 30, 30, 30, 21], ""),       # not clearly
 ])
 def test_troubles(step, diversity, fake_score, distances, told):
     rows = [{"epoch": epoch, "step": step, "frechet": distance, "diversity": diversity}
             for epoch, distance in enumerate(distances, 1)]
     troubles = list(dcgan.find_troubles(rows, fake_score))
-    assert len(troubles) == len(told)
-    for words, trouble in zip(told, troubles):
-        assert words in trouble
-
-def test_run_warns_after_each_epoch(monkeypatch, capsys):
-    scores = iter([0.5] + [0.01] * 9)           # has not won in the first epoch
-    replace(monkeypatch, "train_step",
-            lambda *args, **options: torch.tensor([0.5, 1, 0.5, next(scores)]))
-    train("--epochs", 2)
-    assert capsys.readouterr().out.count("warning: the discriminator has won") == 1
+    assert [trouble[:len(told)] for trouble in troubles] == [told] * bool(told)
 
 # ---- Several processes ---------------------------------------------------------------------------
 def watched_run(*argv):
@@ -685,8 +659,8 @@ def watched_run(*argv):
 
     def step(i, original, G, D, *args, **options):
         losses = original(G, D, *args, **options)
-        networks = [p.clone() for p in (*G.parameters(), *D.parameters())]
-        seen.append((options["rng"].initial_seed(), D[0].weight.grad.norm(), networks))
+        weights = [p.clone() for p in parameters_of(G, D)]
+        seen.append((options["rng"].initial_seed(), D[0].weight.grad.norm(), weights))
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
@@ -699,12 +673,13 @@ def watched_run(*argv):
 
 def test_two_processes_share_a_run_that_one_resumes(monkeypatch):
     watched_run("--out", "alone")
-    [(_, alone, _), *_] = torch.load("seen0")
+    alone = torch.load("seen0")[0][1]
     context, processes = torch.multiprocessing.get_context("spawn"), []
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2"}
+    for name, value in ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29517"), ("WORLD_SIZE", "2"):
+        monkeypatch.setenv(name, value)
     for rank in "0", "1":
-        for name, value in (address | {"RANK": rank, "LOCAL_RANK": rank}).items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         processes.append(context.Process(target=watched_run))
         processes[-1].start()
     for process in processes:
@@ -724,8 +699,6 @@ def test_two_processes_share_a_run_that_one_resumes(monkeypatch):
     ("--batch-size 0", "0 is not from 1"),
     ("--beta1 1", "1 is not from 0 to 0.999"),
     ("--ema nan", "nan is not"),
-    ("--seed 4294967296", "4294967296 is not"),
-    ("--epochs x", "invalid"),
 ])
 def test_wrong_flag_is_argparses_error(argv, told, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -737,17 +710,14 @@ def test_wrong_flag_is_argparses_error(argv, told, capsys):
     ("--device abacus", "--device abacus cannot be used"),
     ("--device cuda:99", "try --device cpu"),
     ("--generate 3", "No such file"),
-    ("--resume --out bad", "bad/checkpoint.pt"),
     ("--resume --out older", "KeyError('config')"),
     ("--resume --out code", "Weights only load failed"),
-    ("--out a.zip/out", "Not a directory"),
     ("--data page.zip", "not a zip file"),
     ("--data bad", "no picture can be read; skipped x.jpg: cannot identify image file"),
     ("--data nowhere", "put img_align_celeba.zip into"),
 ])
 def test_bad_input_is_one_line(argv, told):
-    archive("bad.zip", {"x.jpg": b"", "checkpoint.pt": b"<html>"})
-    Path("bad.zip").rename("a.zip")
+    archive("bad.zip", {"x.jpg": b""})
     Path("page.zip").write_text("<html>")
     for folder, content in ("older", {"settings": {}}), ("code", {"settings": Path()}):
         Path(folder).mkdir()
