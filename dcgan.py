@@ -84,8 +84,7 @@ def bce(logits, label, flip=0.0, rng=None):
     For a random share `flip` of the logits, the label is swapped (ganhacks, trick 6)."""
     labels = torch.full_like(logits, label)
     if flip:
-        swapped = torch.rand(logits.shape, device=logits.device, generator=rng) < flip
-        labels[swapped] = 1 - label
+        labels[torch.rand(logits.shape, device=logits.device, generator=rng) < flip] = 1 - label
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, bf16=False,
@@ -276,11 +275,10 @@ def write_cache(cache, pictures, image_size=64, crop=None):
     with atomic_write(cache) as unfinished, open(unfinished, "wb") as file, ThreadPool() as pool:
         for i in tqdm(range(0, len(pictures), 1000), "preparing, in thousands", disable=None):
             file.writelines(pool.starmap(prepare, pictures[i:i + 1000]))
-        if skipped:
-            skipped[10:] = [f"skipped {len(skipped)} of {len(pictures)} pictures"]
-            tqdm.write("\n".join(skipped), sys.stderr)
+        skipped[10:] = [f"skipped {len(skipped)} of {len(pictures)} pictures"]
+        tqdm.write("\n".join(skipped), sys.stderr)
         if not file.tell():
-            raise UserError(f"no picture can be read; {''.join(skipped[:1])} {DATA_HELP}")
+            raise UserError(f"no picture can be read; {skipped[0]}; {DATA_HELP}")
         file.write(b"\0")      # by this end, load_images tells a whole file from a truncated one
 
 def load_images(path, image_size=64, crop=None):
@@ -341,7 +339,7 @@ def plot_losses(losses, epochs, path):
     image = Image.new("RGB", (480, 270), "white")
     draw = ImageDraw.Draw(image)
     means = F.adaptive_avg_pool1d(losses.T, 200)
-    low, high = means.aminmax()
+    low, high = means.min(), means.quantile(0.97)       # early peaks may leave the picture
     heights = 240 - 200 * (means - low) / (high - low + 1e-9)
     x = torch.linspace(40, 460, 200).tolist()
     for curve, color in zip(heights.tolist(), ("#1f5fa8", "#d2691e")):
@@ -430,8 +428,8 @@ class Run:
     def log(self, *numbers):
         """Print the epoch, the step and these numbers to four significant digits; return them."""
         names = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity"
-        rounded = [float(f"{number:.4g}") for number in numbers]
-        row = dict(zip(names, [1 + (self.step - 1) // self.epoch_steps, self.step, *rounded]))
+        epoch = 1 + (self.step - 1) // self.epoch_steps
+        row = dict(zip(names, [epoch, self.step, *(float(f"{number:.4g}") for number in numbers)]))
         tqdm.write(" ".join(f"{name} {number}" for name, number in row.items()))
         return row
 
