@@ -5,9 +5,8 @@
     python dcgan.py --epochs 20                             CelebA, as in the lecture
     python dcgan.py --generate 1000                         pictures from its best epoch
 
-It exits with 0, 1 after an error that the user can fix, 2 after a wrong flag, 130 or 143 if Ctrl-C
-or SIGTERM made it save and stop. Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT
-453, lecture 18.6; Goodfellow et al. 2014, arXiv:1406.2661; Chintala et al. 2016, ganhacks.
+It exits with 0, 1 (an error to fix), 2 (a wrong flag), 130 or 143 (saved at Ctrl-C or SIGTERM).
+Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
 """
 from itertools import pairwise
 
@@ -164,6 +163,11 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+# what torchrun tells each process: its number, how many there are, its number on this machine
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
 class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
@@ -202,7 +206,7 @@ def toy_faces(count=4096, image_size=64):
         for color, *box in (        # left, top, right, bottom
                 (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),           # hair
                 (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),                         # face
-                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, rng.uniform(0.5, 0.65), 0.77),    # mouth
+                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, 0.6, 0.77),       # mouth
                 ("#123", 0.32, 0.42, 0.42, 0.5),                                            # eyes
                 ("#123", 0.58, 0.42, 0.68, 0.5)):
             ImageDraw.Draw(image).ellipse([corner + size * edge for edge in box], color)
@@ -247,7 +251,8 @@ def find_pictures(path):
         download_celeba(archive)
     files = sorted(list_files(archive if archive.exists() else path), key=itemgetter(0))
     pictures = [file for file in files if is_picture(file[0])]
-    print(f"{path}: {len(pictures)} pictures, {len(files) - len(pictures)} other files passed over")
+    if LOCAL_RANK == 0:
+        print(f"{path}: {len(pictures)} pictures, passed over {len(files) - len(pictures)} files")
     return pictures[:162_770] if len(pictures) == 202_599 else pictures     # all of CelebA's
 
 def decode(data, image_size=64, crop=None):
@@ -358,11 +363,6 @@ def animate(folder, epochs, path):
         first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun --------------------------------------------------
-# what torchrun tells each process: its number, how many there are, its number on this machine
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-
 def find_device(name, precision):
     """The device of that name, in torchrun a GPU for each process, and whether to use bfloat16."""
     if name == "cuda":
@@ -419,11 +419,13 @@ class Run:
                          if name not in ("out", "resume", "generate")}
 
     def save(self, path):
-        """Write every attribute; through an open file, so that a full disk is an OSError."""
+        """Write every attribute; torch.save to memory first, so that a full disk is an OSError."""
         state = {name: value.state_dict() if hasattr(value, "state_dict") else value
                  for name, value in vars(self).items()}
-        with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
-            torch.save(state, file)
+        buffer = BytesIO()
+        torch.save(state, buffer)
+        with atomic_write(path) as unfinished:
+            unfinished.write_bytes(buffer.getvalue())
 
     def log(self, *numbers):
         """Print the epoch, the step and these numbers to four significant digits; return them."""
@@ -528,9 +530,9 @@ def train(args, device, bf16, saved=None):
             parameter.register_post_accumulate_grad_hook(average_gradient)
     torch.backends.cudnn.benchmark = True       # tries the convolution algorithms once
     source = batches(images, args.batch_size, args.epochs, args.seed, run.step, device, RANK, RANKS)
-    total = run.epoch_steps * args.epochs
     with stop_signals() as signals:
-        for batch in tqdm(source, None, total, initial=run.step, disable=RANK > 0 or None):
+        for batch in tqdm(source, None, run.epoch_steps * args.epochs, initial=run.step,
+                          disable=RANK > 0 or None):
             run.step += 1
             # decided by seed, step and rank alone, so that a resumed run draws the same noise
             rng = torch.Generator(device).manual_seed(seed_of("noise", args.seed, run.step, RANK))
@@ -591,8 +593,8 @@ def parse_args(argv=None, settings=None):
     flag("--out", Path, "out", "folder for everything that the run makes")
     flag("--generate", natural, None, "draw so many pictures from the run's best epoch")
     flag("--seed", number(int, 0), 42, "random seed")
-    found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    flag("--device", str, str(found), "cpu, cuda, cuda:1, mps, ...")
+    flag("--device", str, str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
+         "cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", choices=("auto", "bf16", "fp32"))
     flag("--log-interval", natural, 100, "steps between printed lines")
     parser.add_argument("--fresh-noise", action="store_true", help="new noise for G in each step")
@@ -604,7 +606,7 @@ def read_checkpoint(argv, args):
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     try:
         saved = torch.load(path, "cpu", weights_only=True)
-        settings, _ = saved["settings"], saved["config"]        # KeyError: an older version
+        settings = saved["config"] and saved["settings"]        # KeyError: an older version
     except Exception as error:
         raise UserError(f"{path} cannot be used as a checkpoint of this version: {error!r:.200}")
     args = parse_args(argv, settings)

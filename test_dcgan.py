@@ -314,7 +314,7 @@ def test_other_files_are_counted_and_ten_unreadable_pictures_named(source, capsy
     archive("odd.zip", files | {"good.jpg": encoded(), "a.HEIC": b"", ".hidden.png": b""})
     assert len(dcgan.load_images(source, 32)) == 1
     out, err = capsys.readouterr()
-    assert f"{source}: 13 pictures, 2 other files passed over" in out
+    assert f"{source}: 13 pictures, passed over 2 files" in out
     assert err.count("skipped cut") == 10
     assert "skipped 12 of 13 pictures" in err
 
