@@ -206,7 +206,7 @@ def toy_faces(count=4096, image_size=64):
         for color, *box in (        # left, top, right, bottom
                 (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),           # hair
                 (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),                         # face
-                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, 0.6, 0.77),       # mouth
+                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, 0.6, 0.77),                       # mouth
                 ("#123", 0.32, 0.42, 0.42, 0.5),                                            # eyes
                 ("#123", 0.58, 0.42, 0.68, 0.5)):
             ImageDraw.Draw(image).ellipse([corner + size * edge for edge in box], color)
@@ -253,7 +253,7 @@ def find_pictures(path):
     pictures = [file for file in files if is_picture(file[0])]
     if LOCAL_RANK == 0:
         print(f"{path}: {len(pictures)} pictures, passed over {len(files) - len(pictures)} files")
-    return pictures[:162_770] if len(pictures) == 202_599 else pictures     # all of CelebA's
+    return pictures[:162_770] if len(pictures) == 202_599 else pictures     # 202,599: all of CelebA
 
 def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> its centred square of `crop` pixels, resized: RGB (PIL).
@@ -425,7 +425,7 @@ class Run:
         buffer = BytesIO()
         torch.save(state, buffer)
         with atomic_write(path) as unfinished:
-            unfinished.write_bytes(buffer.getvalue())
+            unfinished.write_bytes(buffer.getbuffer())
 
     def log(self, *numbers):
         """Print the epoch, the step and these numbers to four significant digits; return them."""
