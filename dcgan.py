@@ -194,7 +194,7 @@ CELEBA_URLS = (
     f"https://cseweb.ucsd.edu/~weijian/static/datasets/celeba/{CELEBA_ZIP}",
     f"https://graal.ift.ulaval.ca/public/celeba/{CELEBA_ZIP}",
 )
-DATA_HELP = f"put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand, or use --data toy or FOLDER_OR_ZIP"
+DATA_HELP = f"use --data toy or FOLDER_OR_ZIP, or put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand"
 
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
@@ -608,7 +608,7 @@ def read_checkpoint(argv, args):
         saved = torch.load(path, "cpu", weights_only=True)
         settings = saved["config"] and saved["settings"]        # KeyError: an older version
     except Exception as error:
-        raise UserError(f"{path} cannot be used as a checkpoint of this version: {error!r:.200}")
+        raise UserError(f"{path} cannot be read, train first or check --out: {error!r:.200}")
     args = parse_args(argv, settings)
     free = {"data", "epochs", "device", "precision", "log_interval"}    # what may differ
     for name in settings.keys() - free:
