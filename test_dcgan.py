@@ -101,8 +101,8 @@ def test_step_is_the_one_written_out_here(fresh_noise):
     loss_g = F.softplus(-D(fake)).mean()
     loss_g.backward(inputs=parameters_of(G))
     optimizers[0].step()
-    scores = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-    torch.testing.assert_close(losses, torch.stack([loss_d, loss_g, *scores]).detach())
+    torch.testing.assert_close(losses, torch.stack([
+        loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()]).detach())
     torch.testing.assert_close(parameters_of(*nets), parameters_of(G, D))
     torch.testing.assert_close(nets[1][0].weight.grad, D[0].weight.grad)
 
