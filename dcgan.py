@@ -17,7 +17,7 @@ from torch import nn
 # ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
 LATENT_DIM = 100
 # image size: channels of each map in multiples of the width, from the smallest map to that of half
-# the image's side, each of twice the side of the one before. Another: 96: (8, 4, 2, 1), from 6 x 6
+# the image's side; each has twice the side of the one before. 96: (8, 4, 2, 1) would start at 6 x 6
 WIDTHS = {32: (4, 2, 1), 64: (8, 4, 2, 1), 128: (8, 8, 4, 2, 1), 256: (8, 8, 8, 4, 2, 1)}
 
 def plan_maps(image_size, width):
