@@ -5,7 +5,8 @@
     python dcgan.py --epochs 20                             CelebA, as in the lecture
     python dcgan.py --generate 1000                         pictures from its best epoch
 
-It exits with 0, 1 (an error to fix), 2 (a wrong flag), 130 or 143 (saved at Ctrl-C or SIGTERM).
+Training that Ctrl-C or SIGTERM stops is saved and exits with 130 or 143; a wrong flag exits with 2,
+another error to fix with 1.
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
 """
 from itertools import pairwise
@@ -167,6 +168,7 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}    # only gloo waits until all have joined
 
 class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
@@ -215,8 +217,8 @@ def toy_faces(count=4096, image_size=64):
 
 def is_picture(path):
     """Whether Pillow opens files of this ending, and no part of the relative path is hidden."""
-    hidden = "/." in f"/{path.as_posix()}"
-    return not hidden and Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+    opens = Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+    return opens and "/." not in f"/{path.as_posix()}"
 
 def list_files(source):
     """Yield (path, size and time or CRC, reader) of each file in a folder or .zip, or UserError."""
@@ -267,7 +269,7 @@ def decode(data, image_size=64, crop=None):
     picture = TF.center_crop(picture, min(side, *picture.size)).convert("RGB")
     return TF.resize(picture, image_size)
 
-def write_cache(cache, pictures, image_size=64, crop=None):
+def write_cache(cache, pictures, image_size, crop):
     """Write these pictures as RGB bytes, one after another; UserError if none can be read."""
     skipped = []
     def prepare(path, stamp, read):
@@ -368,13 +370,11 @@ def find_device(name, precision):
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     try:
-        torch.zeros(1, device=name).item()
+        device = torch.zeros(1, device=name).device
     except Exception as error:      # each kind of device has errors of its own
         raise UserError(f"--device {name} cannot be used: {error}; try --device cpu")
-    device = torch.device(name)
-    native = torch.cpu._is_avx512_bf16_supported()      # false on Macs with mps
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+              else torch.cpu._is_avx512_bf16_supported())       # false on Macs with mps
     return device, native if precision == "auto" else precision == "bf16"
 
 def average_gradient(parameter):
@@ -391,7 +391,7 @@ def find_troubles(rows, highest_fake_score):
     if highest_fake_score < 0.05:       # of D(G(z)), so for this loss only: D spotted all fakes
         yield "the discriminator has won; try a lower --lr-d or a higher --lr-g"
     if min(row["frechet"] for row in rows[-5:]) > 1.1 * best["frechet"]:    # all five are worse
-        yield f"past its best, epoch {best['epoch']}, kept in best.pt; more pictures last longer"
+        yield f"past its best, epoch {best['epoch']}, kept in best.pt"
 
 class Run:
     """All training state. A checkpoint holds every attribute, those with a state_dict() as that."""
@@ -427,13 +427,11 @@ class Run:
         with atomic_write(path) as unfinished:
             unfinished.write_bytes(buffer.getbuffer())
 
-    def log(self, *numbers):
-        """Print the epoch, the step and these numbers to four significant digits; return them."""
+    def row(self, *numbers):
+        """The epoch, the step and these numbers to four significant digits, by name."""
         names = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity"
         epoch = 1 + (self.step - 1) // self.epoch_steps
-        row = dict(zip(names, [epoch, self.step, *(float(f"{number:.4g}") for number in numbers)]))
-        tqdm.write(" ".join(f"{name} {number}" for name, number in row.items()))
-        return row
+        return dict(zip(names, [epoch, self.step, *(float(f"{number:.4g}") for number in numbers)]))
 
     def load(self, state):
         state["settings"] = self.settings       # keep this call's: some may differ from the saved
@@ -444,40 +442,40 @@ class Run:
                 setattr(self, name, state[name])
 
 def end_epoch(run, real, out):
-    """Measure and draw the average of G, write log.csv, keep the best epoch, warn."""
+    """Measure and draw the average of G, write log.csv, keep the best epoch; return troubles."""
     fakes, losses = sample(run.ema, run.fixed_noise), run.losses.cpu()
-    latest = losses[-run.epoch_steps:]
-    row = run.log(*latest.mean(0), *compare(fakes, real))
+    row = run.row(*losses[-run.epoch_steps:].mean(0), *compare(fakes, real))
     run.rows.append(row)
     save_image(fakes[:64] / 255, out / "samples" / f"epoch_{row['epoch']:03d}.png")
     plot_losses(losses[:, :2], row["epoch"], out / "losses.png")
-    with open(out / "log.csv", "w", newline="") as file:
+    with open(out / "log.csv", "w") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
         writer.writeheader()
         writer.writerows(run.rows)
     if row is min(run.rows, key=itemgetter("frechet")):
         run.save(out / "best.pt")
-    for trouble in find_troubles(run.rows, latest[:, 3].max()):
-        tqdm.write(f"warning: {trouble}")
+    return find_troubles(run.rows, losses[-run.epoch_steps:, 3].max())
 
 def end_step(run, real, args, signals):
     """Save and print when an epoch ends or a signal came; print every --log-interval steps."""
     epoch_ended = run.step % run.epoch_steps == 0
-    if not (epoch_ended or signals or run.step % args.log_interval == 0):
+    if run.step % args.log_interval and not (epoch_ended or signals):
         return
     values = run.losses, *run.G.parameters(), *run.D.parameters()
     if not nn.utils.get_total_norm(values).isfinite():
         raise UserError(f"a loss or weight is not finite at step {run.step}, which is not saved; "
                         "try lower --lr-g and --lr-d in a new --out")
-    if epoch_ended:
-        end_epoch(run, real, args.out)
-    if epoch_ended or signals:      # last, so that no other file is older than the checkpoint
+    troubles = end_epoch(run, real, args.out) if epoch_ended else ()
+    if epoch_ended or signals:      # after the other files: a kill before it repeats the epoch
         run.save(args.out / "checkpoint.pt")
     if signals:
         tqdm.write(f"stopped after step {run.step}: go on with --resume", sys.stderr)
         raise SystemExit(128 + signals[0])
-    if not epoch_ended:
-        run.log(*run.losses[-1])
+    # printed once all is saved: in `dcgan.py | tee log`, Ctrl-C ends tee, too
+    row = run.rows[-1] if epoch_ended else run.row(*run.losses[-1])
+    tqdm.write(" ".join(f"{name} {number}" for name, number in row.items()))
+    for trouble in troubles:
+        tqdm.write(f"warning: {trouble}")
 
 @contextmanager
 def stop_signals():
@@ -492,14 +490,14 @@ def stop_signals():
     try:
         yield received
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        for number_and_handler in usual.items():
+            signal.signal(*number_and_handler)
 
 def start(args, device, saved):
     """The pictures and the Run with which a training begins, or goes on if it was saved."""
     if not saved and (args.out / "checkpoint.pt").exists():
         raise UserError(f"--out {args.out} holds a run: --resume it, or choose another --out")
-    join = partial(dist.init_process_group, timeout=timedelta(days=1))
+    join = partial(dist.init_process_group, BACKENDS.get(device.type), timeout=timedelta(days=1))
     if LOCAL_RANK > 0:
         join()      # ends once all have joined: this machine's first process prepares the pictures
     images = load_images(args.data, args.image_size, args.crop)
@@ -517,7 +515,7 @@ def start(args, device, saved):
         run.load(saved)
     return images, run
 
-def train(args, device, bf16, saved=None):
+def train(args, device, bf16, saved):
     """Train into args.out, from a checkpoint if there is one; in torchrun, as one of the ranks."""
     images, run = start(args, device, saved)
     real = images[::len(images) // 1024 + 1].cpu()      # 1,024 of them at most, to compare with
@@ -543,7 +541,9 @@ def train(args, device, bf16, saved=None):
             if RANK == 0:       # the other ranks hold the same weights
                 end_step(run, real, args, signals[:])       # a copy, as one may come any time
     if RANK == 0:
-        animate(args.out / "samples", run.step // run.epoch_steps, args.out / "samples.gif")
+        animate(args.out / "samples", len(run.rows), args.out / "samples.gif")
+    if RANKS > 1:
+        dist.destroy_process_group()        # only here: NCCL may hang after an error of one rank
 
 def generate(saved, count, out, seed, device):
     """Write `count` pictures of a saved generator into out/generated, a grid of 64, and walk.png.
@@ -567,13 +567,13 @@ def generate(saved, count, out, seed, device):
 # ---- The command line ----------------------------------------------------------------------------
 def parse_args(argv=None, settings=None):
     """The command line as a namespace; `settings` are a checkpoint's, instead of the defaults."""
-    def number(kind, low, high=2**32 - 1):
-        def convert(text):
+    def between(kind, low, high=2**32 - 1):
+        def number(text):       # argparse names it in its message
             if low <= kind(text) <= high:
                 return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return convert
-    natural, share = number(int, 1), number(float, 0, 1)
+        return number
+    natural, share = between(int, 1), between(float, 0, 1)
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     def flag(name, kind, default, text, **options):
         parser.add_argument(name, type=kind, default=default, help=text, **options)
@@ -584,15 +584,15 @@ def parse_args(argv=None, settings=None):
     flag("--slope-g", share, 0.2, "of the generator's LeakyReLU; 0 is ReLU")
     flag("--ema", share, 0.999, "decay of the generator's moving average")
     flag("--epochs", natural, 20, "passes over the pictures")
-    flag("--batch-size", natural, 128, "images a step")
+    flag("--batch-size", between(int, 2), 128, "images a step")
     flag("--lr-g", share, 4e-4, "generator's learning rate (the paper: 2e-4)")
     flag("--lr-d", share, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
-    flag("--beta1", number(float, 0, 0.999), 0.25, "of Adam (the paper: 0.5)")
+    flag("--beta1", between(float, 0, 0.999), 0.25, "of Adam (the paper: 0.5)")
     flag("--optimizer-d", str, "adam", "the discriminator's", choices=("adam", "sgd"))
     flag("--flip-labels", share, 0.0, "share of the discriminator's labels to swap")
     flag("--out", Path, "out", "folder for everything that the run makes")
     flag("--generate", natural, None, "draw so many pictures from the run's best epoch")
-    flag("--seed", number(int, 0), 42, "random seed")
+    flag("--seed", between(int, 0), 42, "random seed")
     flag("--device", str, str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
          "cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", choices=("auto", "bf16", "fp32"))
@@ -610,8 +610,7 @@ def read_checkpoint(argv, args):
     except Exception as error:
         raise UserError(f"{path} cannot be read, train first or check --out: {error!r:.200}")
     args = parse_args(argv, settings)
-    free = {"data", "epochs", "device", "precision", "log_interval"}    # what may differ
-    for name in settings.keys() - free:
+    for name in settings.keys() - {"data", "epochs", "device", "precision", "log_interval"}:
         if args.resume and getattr(args, name) != settings[name]:
             raise UserError(f"this run has --{name.replace('_', '-')} {settings[name]}")
     return args, saved
@@ -631,9 +630,6 @@ def main(argv=None):
             generate(saved, args.generate, args.out, args.seed, device)
     except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         raise SystemExit(f"dcgan.py: error: {' '.join(str(error).split()) or 'interrupted'}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()        # else NCCL warns
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
