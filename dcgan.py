@@ -5,8 +5,8 @@
     python dcgan.py --epochs 20                             CelebA, as in the lecture
     python dcgan.py --generate 1000                         pictures from its best epoch
 
-Training that Ctrl-C or SIGTERM stops is saved and exits with 130 or 143; a wrong flag exits with 2,
-another error to fix with 1.
+Ctrl-C or SIGTERM during training saves and exits with 130 or 143; a wrong flag exits with 2, any
+other error to fix with 1.
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
 """
 from itertools import pairwise
@@ -17,12 +17,12 @@ from torch import nn
 
 # ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
 LATENT_DIM = 100
-# image size: channels of each map in multiples of the width, from the smallest map to that of half
-# the image's side; each has twice the side of the one before. 96: (8, 4, 2, 1) would start at 6 x 6
+# image size: channels of each map as multiples of the width, from the smallest map up to the one
+# of half the image's side; sides double. To add 96, write 96: (8, 4, 2, 1), which starts at 6 x 6
 WIDTHS = {32: (4, 2, 1), 64: (8, 4, 2, 1), 128: (8, 8, 4, 2, 1), 256: (8, 8, 8, 4, 2, 1)}
 
 def plan_maps(image_size, width):
-    """The channels of the maps and the side of the smallest, 4 at these sizes; or a ValueError."""
+    """Return the maps' channels and the smallest map's side (4 here), or raise ValueError."""
     if image_size not in WIDTHS:
         raise ValueError(f"image_size {image_size} is not one of {list(WIDTHS)}")
     factors = WIDTHS[image_size]
@@ -32,8 +32,8 @@ def plan_maps(image_size, width):
     return [factor * width for factor in factors], side
 
 def init_weights(module):
-    """Weights ~ N(0, 0.02), batch norm scales ~ N(1, 0.02) (Radford et al. 2016, section 4).
-    Add spectral norm and the like after this: then module.weight is a computed copy."""
+    """Weights ~ N(0, 0.02) (Radford et al. 2016, section 4), batch norm scales ~ N(1, 0.02) (their
+    code); 0.02 is the std. Add spectral norm later: it makes module.weight a computed copy."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -49,7 +49,7 @@ def block(convolution, inputs, outputs, slope, kernel=4, stride=2, padding=1):
 
 class Generator(nn.Sequential):
     """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1].
-    LeakyReLU as in the lecture; with `slope` 0 it is the paper's ReLU."""
+    LeakyReLU as in the lecture, there with slope 0.01; with `slope` 0 it is the paper's ReLU."""
 
     def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, slope=0.2):
         widths, side = plan_maps(image_size, width)
@@ -81,7 +81,7 @@ class Discriminator(nn.Sequential):
 # ---- The game (Goodfellow et al. 2014; lecture 18.6) ---------------------------------------------
 def bce(logits, label, flip=0.0, rng=None):
     """Mean binary cross-entropy of logits N x 1 with a label, 1 for real or 0 for fake.
-    For a random share `flip` of the logits, the label is swapped (ganhacks, trick 6)."""
+    Each label is swapped with probability `flip` (ganhacks, trick 6)."""
     labels = torch.full_like(logits, label)
     if flip:
         labels[torch.rand(logits.shape, device=logits.device, generator=rng) < flip] = 1 - label
@@ -91,9 +91,10 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
                fresh_noise=False, flip_labels=0.0, rng=None):
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
     G maps latents z, normal noise N x latent_dim, to images. D maps images to logits N x 1; the
-    sigmoid of a logit is D(x), the probability that image x is real. With `bf16`, the networks
-    compute in bfloat16, the losses in float32. `rng` is a torch.Generator, on real's device.
-    Returns loss_d, loss_g and the means of D(x) and D(G(z)); all but loss_g predate D's update."""
+    sigmoid of a logit is D(x), the estimated probability that x is real. With `bf16`, the networks
+    compute in bfloat16, the losses in float32. `fresh_noise` draws new latents for (2), and
+    `flip_labels` is the share of labels to swap in (1). `rng`: a torch.Generator on real's device.
+    Returns one tensor: loss_d, loss_g, mean D(x), mean D(G(z)); only loss_g is of the updated D."""
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
     def noise():
@@ -111,7 +112,7 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     optimizer_d.step()
 
     # (2) G learns to be taken for real by that new D: maximise log D(G(z)), the non-saturating
-    # loss. To minimise log(1 - D(G(z))) has the same aim, but no gradient while D spots all fakes
+    # loss. log(1 - D(G(z))) has the same goal, but its gradient vanishes while D spots every fake
     with autocast:
         if fresh_noise:
             fake = G(noise())
@@ -121,16 +122,16 @@ def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, b
     loss_g.backward(inputs=list(G.parameters()))        # D passes the gradient on and keeps none
     optimizer_g.step()
 
-    # the sigmoids belong to this loss; with another one, drop them and the 0.05 of find_troubles
+    # the sigmoids fit this loss only; for another, drop them and the 0.05 check in find_troubles
     return torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(),
                         fake_logits.sigmoid().mean()]).detach()
 
 @torch.no_grad()
 def update_average(average, G, decay, step):
-    """Move `average`, once copy.deepcopy(G).eval(), towards G after step number `step`, from 1 on.
-    G and D chase each other around an optimum; averaged weights are nearer and draw better."""
+    """Move `average`, which began as copy.deepcopy(G).eval(), towards G after step `step`, from 1.
+    G and D tend to circle an optimum; averaged weights often lie nearer to it and draw better."""
     decay = min(decay, step / (9 + step))   # early weights are near random: use a shorter memory
-    # the tensors in a state dict are the network's own: to write into them changes the network
+    # a state dict holds the network's own tensors: writing into them changes the network
     for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
         if mean.is_floating_point():        # weights, and the statistics of batch norm
             mean.lerp_(latest, 1 - decay)
@@ -138,7 +139,7 @@ def update_average(average, G, decay, step):
             mean.copy_(latest)
 
 # ==== Above: the whole DCGAN. It needs only torch: copy it as it is ===============================
-# Below: what feeds it, watches it and keeps it, with imports of its own.
+# Below: what feeds, watches and saves it, with its own imports.
 # ruff: noqa: E402
 import argparse
 import copy
@@ -387,7 +388,7 @@ def find_troubles(rows, highest_fake_score):
     """Yield what goes wrong in the latest epoch; `rows` are those of log.csv, one an epoch."""
     latest, best = rows[-1], min(rows, key=itemgetter("frechet"))
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
-        yield "the generator collapses; try equal, lower --lr-g and --lr-d, or a lower --beta1"
+        yield "the generator collapses; try lower, equal --lr-g and --lr-d, or a lower --beta1"
     if highest_fake_score < 0.05:       # of D(G(z)), so for this loss only: D spotted all fakes
         yield "the discriminator has won; try a lower --lr-d or a higher --lr-g"
     if min(row["frechet"] for row in rows[-5:]) > 1.1 * best["frechet"]:    # all five are worse
