@@ -169,13 +169,13 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}    # only gloo waits until all have joined
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}    # with gloo, joining waits for all
 
 class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
 def seed_of(*parts):
-    """Hash the parts to a seed: (42, 2) and (43, 1) get unrelated ones. CPUs keep 32 bits only."""
+    """Hash the parts to a seed: (42, 2) and (43, 1) get unrelated ones. CPUs use only 32 bits."""
     return random.Random(repr(parts)).getrandbits(32)
 
 @contextmanager
@@ -222,7 +222,7 @@ def is_picture(path):
     return opens and "/." not in f"/{path.as_posix()}"
 
 def list_files(source):
-    """Yield (path, size and time or CRC, reader) of each file in a folder or .zip, or UserError."""
+    """Yield (path, stamp, reader) for each file in a folder or .zip; stamp: size, time or CRC."""
     if source.is_dir():
         for file in filter(Path.is_file, source.rglob("*")):
             stat = file.stat()
@@ -248,7 +248,7 @@ def download_celeba(archive):
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
 def find_pictures(path):
-    """Those of list_files that are pictures, sorted by path; of CelebA, its training partition."""
+    """The pictures of list_files by path. CelebA is downloaded; of all of it, the training part."""
     archive = path / CELEBA_ZIP
     if path == CELEBA_FOLDER and not archive.exists() and not any(map(is_picture, path.rglob("*"))):
         download_celeba(archive)
@@ -283,24 +283,24 @@ def write_cache(cache, pictures, image_size, crop):
     with atomic_write(cache) as unfinished, open(unfinished, "wb") as file, ThreadPool() as pool:
         for i in tqdm(range(0, len(pictures), 1000), "preparing, in thousands", disable=None):
             file.writelines(pool.starmap(prepare, pictures[i:i + 1000]))
-        skipped[10:] = [f"skipped {len(skipped)} of {len(pictures)} pictures"]
+        skipped[10:] = [f"skipped {len(skipped)} of {len(pictures)} pictures"]  # after ten of them
         tqdm.write("\n".join(skipped), sys.stderr)
         if not file.tell():
             raise UserError(f"no picture can be read; {skipped[0]}; {DATA_HELP}")
-        file.write(b"\0")      # by this end, load_images tells a whole file from a truncated one
+        file.write(b"\0")      # load_images looks for this byte: a truncated file has none
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
-    It is mapped from a file in data/, so it may be larger than memory. Writing into it changes that
-    file; delete it after a change to decode. UserError if there is no picture that can be read."""
+    It is mapped from a file in data/, so it may be larger than memory, and writing into it changes
+    the file. Delete that file after a change to decode. UserError if no picture can be read."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     pictures = find_pictures(Path(path))
-    key = ascii([image_size, crop, *[picture[:2] for picture in pictures]])     # no readers
+    key = ascii([image_size, crop, *[picture[:2] for picture in pictures]])     # paths, stamps
     cache = Path("data", f"{uuid5(NAMESPACE_URL, key)}.dcgan")
     if not cache.exists() or cache.stat().st_size % (image_size**2 * 3) != 1:
         write_cache(cache, pictures, image_size, crop)
-    size = cache.stat().st_size
+    size = cache.stat().st_size     # below, shared: a private mapping would have to fit into memory
     pixels = torch.from_file(str(cache), shared=True, size=size - 1, dtype=torch.uint8)
     return pixels.unflatten(0, (-1, image_size, image_size, 3)).permute(0, 3, 1, 2)
 
@@ -336,7 +336,7 @@ def compare(fake, real):
         return (images.flatten(1) / 127.5 @ vectors).double()
 
     fake, real = project(fake), project(real)
-    # trace(sqrt(A)) is the sum of the square roots of A's eigenvalues, trace(cov) that of variances
+    # |m - n|^2 + trace(A + B - 2 sqrt(A B)); the trace of a root: the sum of the eigenvalues' roots
     eigenvalues = torch.linalg.eigvals(fake.T.cov() @ real.T.cov())
     gap = (fake.mean(0) - real.mean(0)).square()
     distance = (gap + fake.var(0) + real.var(0)).sum() - 2 * eigenvalues.sqrt().real.sum()
@@ -348,9 +348,9 @@ def plot_losses(losses, epochs, path):
     draw = ImageDraw.Draw(image)
     means = F.adaptive_avg_pool1d(losses.T, 200)
     low, high = means.min(), means.quantile(0.97)       # early peaks may leave the picture
-    heights = 240 - 200 * (means - low) / (high - low + 1e-9)
+    y = 240 - 200 * (means - low) / (high - low + 1e-9)
     x = torch.linspace(40, 460, 200).tolist()
-    for curve, color in zip(heights.tolist(), ("#1f5fa8", "#d2691e")):
+    for curve, color in zip(y.tolist(), ("#1f5fa8", "#d2691e")):
         draw.line(list(zip(x, curve)), color)
     draw.text((40, 10), "discriminator loss: blue, generator loss: orange", "black")
     for part in 0, 0.5, 1:      # of both axes
@@ -359,7 +359,7 @@ def plot_losses(losses, epochs, path):
     image.save(path)
 
 def animate(folder, epochs, path):
-    """Make a GIF of the grids in `folder` that epochs 1 to `epochs` have left."""
+    """Make a GIF of the grids of epochs 1 to `epochs` in `folder`; missing ones are left out."""
     grids = [folder / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
     frames = map(Image.open, filter(Path.exists, grids))        # an iterator: few are open at once
     for first in frames:        # runs once: saving the first consumes the rest
@@ -367,11 +367,11 @@ def animate(folder, epochs, path):
 
 # ---- Devices, and several processes in torchrun --------------------------------------------------
 def find_device(name, precision):
-    """The device of that name, in torchrun a GPU for each process, and whether to use bfloat16."""
+    """Return the device, in torchrun each process's own for "cuda", and whether to use bfloat16."""
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     try:
-        device = torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device     # raises if it cannot be used
     except Exception as error:      # each kind of device has errors of its own
         raise UserError(f"--device {name} cannot be used: {error}; try --device cpu")
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
@@ -379,23 +379,23 @@ def find_device(name, precision):
     return device, native if precision == "auto" else precision == "bf16"
 
 def average_gradient(parameter):
-    """Average its gradient over all processes; as a hook, so that backward does it."""
+    """Average its gradient over all processes: as a hook, so that train_step need not know."""
     dist.all_reduce(parameter.grad)
     parameter.grad /= RANKS
 
 # ---- The run -------------------------------------------------------------------------------------
-def find_troubles(rows, highest_fake_score):
-    """Yield what goes wrong in the latest epoch; `rows` are those of log.csv, one an epoch."""
+def find_troubles(rows, highest_d_fake):
+    """Yield what is wrong after the latest epoch; `rows` are those of log.csv, one per epoch."""
     latest, best = rows[-1], min(rows, key=itemgetter("frechet"))
     if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
         yield "the generator collapses; try lower, equal --lr-g and --lr-d, or a lower --beta1"
-    if highest_fake_score < 0.05:       # of D(G(z)), so for this loss only: D spotted all fakes
+    if highest_d_fake < 0.05:       # of all D(G(z)): D spots each fake. Other losses may lack it
         yield "the discriminator has won; try a lower --lr-d or a higher --lr-g"
     if min(row["frechet"] for row in rows[-5:]) > 1.1 * best["frechet"]:    # all five are worse
         yield f"past its best, epoch {best['epoch']}, kept in best.pt"
 
 class Run:
-    """All training state. A checkpoint holds every attribute, those with a state_dict() as that."""
+    """All training state. A checkpoint holds each attribute, or its state_dict() if it has one."""
 
     def __init__(self, args, images, device):
         torch.manual_seed(args.seed)
@@ -408,19 +408,19 @@ class Run:
         self.ema = copy.deepcopy(self.G).eval()     # the moving average of G: it draws all pictures
         adam = partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=True)
         self.optimizer_g = adam(self.G.parameters(), args.lr_g)
-        build_d = {"adam": adam, "sgd": torch.optim.SGD}[args.optimizer_d]
-        self.optimizer_d = build_d(self.D.parameters(), args.lr_d)
+        optimizers = {"adam": adam, "sgd": torch.optim.SGD}
+        self.optimizer_d = optimizers[args.optimizer_d](self.D.parameters(), args.lr_d)
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
         self.pictures = len(images)         # how many there are
         self.epoch_steps = self.pictures // args.batch_size
         self.step = 0                                       # steps that are done
-        self.losses = torch.empty(0, 4)                     # what each step returned
+        self.losses = torch.empty(0, 4)         # of each step: loss_d, loss_g, D(x), D(G(z))
         self.rows = []                                      # of log.csv, one an epoch
         self.settings = {name: value for name, value in vars(args).items()
                          if name not in ("out", "resume", "generate")}
 
     def save(self, path):
-        """Write every attribute; torch.save to memory first, so that a full disk is an OSError."""
+        """Write every attribute, by way of memory: on a full disk, torch.save raises no OSError."""
         state = {name: value.state_dict() if hasattr(value, "state_dict") else value
                  for name, value in vars(self).items()}
         buffer = BytesIO()
@@ -428,8 +428,8 @@ class Run:
         with atomic_write(path) as unfinished:
             unfinished.write_bytes(buffer.getbuffer())
 
-    def row(self, *numbers):
-        """The epoch, the step and these numbers to four significant digits, by name."""
+    def make_row(self, *numbers):
+        """Epoch, step and these four or six numbers by name, to four significant digits."""
         names = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity"
         epoch = 1 + (self.step - 1) // self.epoch_steps
         return dict(zip(names, [epoch, self.step, *(float(f"{number:.4g}") for number in numbers)]))
@@ -443,9 +443,9 @@ class Run:
                 setattr(self, name, state[name])
 
 def end_epoch(run, real, out):
-    """Measure and draw the average of G, write log.csv, keep the best epoch; return troubles."""
+    """Draw and measure the average's fakes, write log.csv, keep the best epoch; return troubles."""
     fakes, losses = sample(run.ema, run.fixed_noise), run.losses.cpu()
-    row = run.row(*losses[-run.epoch_steps:].mean(0), *compare(fakes, real))
+    row = run.make_row(*losses[-run.epoch_steps:].mean(0), *compare(fakes, real))
     run.rows.append(row)
     save_image(fakes[:64] / 255, out / "samples" / f"epoch_{row['epoch']:03d}.png")
     plot_losses(losses[:, :2], row["epoch"], out / "losses.png")
@@ -453,27 +453,27 @@ def end_epoch(run, real, out):
         writer = csv.DictWriter(file, row, lineterminator="\n")
         writer.writeheader()
         writer.writerows(run.rows)
-    if row is min(run.rows, key=itemgetter("frechet")):
+    if row is min(run.rows, key=itemgetter("frechet")):         # of equal ones, the first
         run.save(out / "best.pt")
-    return find_troubles(run.rows, losses[-run.epoch_steps:, 3].max())
+    return find_troubles(run.rows, losses[-run.epoch_steps:, 3].max())      # 3: D(G(z))
 
 def end_step(run, real, args, signals):
-    """Save and print when an epoch ends or a signal came; print every --log-interval steps."""
+    """Save at an epoch's end or at a signal, which ends the run; print also at --log-interval."""
     epoch_ended = run.step % run.epoch_steps == 0
     if run.step % args.log_interval and not (epoch_ended or signals):
         return
     values = run.losses, *run.G.parameters(), *run.D.parameters()
-    if not nn.utils.get_total_norm(values).isfinite():
+    if not nn.utils.get_total_norm(values).isfinite():      # one norm of all: one wait for a GPU
         raise UserError(f"a loss or weight is not finite at step {run.step}, which is not saved; "
                         "try lower --lr-g and --lr-d in a new --out")
     troubles = end_epoch(run, real, args.out) if epoch_ended else ()
-    if epoch_ended or signals:      # after the other files: a kill before it repeats the epoch
+    if epoch_ended or signals:      # last of the files: killed before it, the epoch is run again
         run.save(args.out / "checkpoint.pt")
     if signals:
         tqdm.write(f"stopped after step {run.step}: go on with --resume", sys.stderr)
         raise SystemExit(128 + signals[0])
-    # printed once all is saved: in `dcgan.py | tee log`, Ctrl-C ends tee, too
-    row = run.rows[-1] if epoch_ended else run.row(*run.losses[-1])
+    # last of all, as printing may raise: in `dcgan.py | tee log`, Ctrl-C ends tee, too
+    row = run.rows[-1] if epoch_ended else run.make_row(*run.losses[-1])
     tqdm.write(" ".join(f"{name} {number}" for name, number in row.items()))
     for trouble in troubles:
         tqdm.write(f"warning: {trouble}")
@@ -487,20 +487,21 @@ def stop_signals():
             raise KeyboardInterrupt
         received.append(number)
 
-    usual = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    replaced = {number: signal.signal(number, remember)         # it returns the old handler
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number_and_handler in usual.items():
-            signal.signal(*number_and_handler)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 def start(args, device, saved):
-    """The pictures and the Run with which a training begins, or goes on if it was saved."""
+    """Return the pictures and a Run, new or as saved. In torchrun, the processes meet here."""
     if not saved and (args.out / "checkpoint.pt").exists():
         raise UserError(f"--out {args.out} holds a run: --resume it, or choose another --out")
     join = partial(dist.init_process_group, BACKENDS.get(device.type), timeout=timedelta(days=1))
     if LOCAL_RANK > 0:
-        join()      # ends once all have joined: this machine's first process prepares the pictures
+        join()      # waits for all: this machine's first process prepares the pictures, then joins
     images = load_images(args.data, args.image_size, args.crop)
     if RANKS > 1 and LOCAL_RANK == 0:
         join()
@@ -527,7 +528,7 @@ def train(args, device, bf16, saved):
     if RANKS > 1:
         for parameter in (*run.G.parameters(), *run.D.parameters()):
             parameter.register_post_accumulate_grad_hook(average_gradient)
-    torch.backends.cudnn.benchmark = True       # tries the convolution algorithms once
+    torch.backends.cudnn.benchmark = True       # all batches have one shape: tuning pays
     source = batches(images, args.batch_size, args.epochs, args.seed, run.step, device, RANK, RANKS)
     with stop_signals() as signals:
         for batch in tqdm(source, None, run.epoch_steps * args.epochs, initial=run.step,
@@ -538,13 +539,13 @@ def train(args, device, bf16, saved):
             losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch, bf16=bf16,
                                 fresh_noise=args.fresh_noise, flip_labels=args.flip_labels, rng=rng)
             update_average(run.ema, run.G, args.ema, run.step)
-            run.losses = torch.cat([run.losses.to(device), losses[None]])
-            if RANK == 0:       # the other ranks hold the same weights
-                end_step(run, real, args, signals[:])       # a copy, as one may come any time
+            run.losses = torch.cat([run.losses.to(device), losses[None]])   # no wait for a GPU
+            if RANK == 0:       # the others hold the same weights, but own batch statistics
+                end_step(run, real, args, signals[:])       # a copy: no signal midway counts
     if RANK == 0:
         animate(args.out / "samples", len(run.rows), args.out / "samples.gif")
     if RANKS > 1:
-        dist.destroy_process_group()        # only here: NCCL may hang after an error of one rank
+        dist.destroy_process_group()        # in no finally: NCCL may hang after one rank's error
 
 def generate(saved, count, out, seed, device):
     """Write `count` pictures of a saved generator into out/generated, a grid of 64, and walk.png.
@@ -553,23 +554,23 @@ def generate(saved, count, out, seed, device):
     G = Generator(**saved["config"]).to(device).eval()
     G.load_state_dict(saved["ema"])
     torch.manual_seed(seed)
-    noise = torch.randn(16 + count, saved["config"]["latent_dim"])
+    noise = torch.randn(16 + count, saved["config"]["latent_dim"])      # 16: ends of eight walks
     walk = [a.lerp(b, i / 7) for a, b in zip(noise[:8], noise[8:16]) for i in range(8)]
     save_image(sample(G, torch.stack(walk)) / 255, out / "walk.png")
     save_image(sample(G, noise[16:80]) / 255, out / "generated.png")
     folder = out / "generated"
     folder.mkdir(exist_ok=True)
-    for file in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):      # an earlier call's
+    for file in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):      # left by an earlier call
         file.unlink()
     for i, latent in enumerate(tqdm(noise[16:], "generating", disable=None), 1):
         save_image(sample(G, latent[None]) / 255, folder / f"{i:06d}.png")
     print(f"epoch {saved['rows'][-1]['epoch']}: {count} pictures in {folder} and {folder}.png")
 
 # ---- The command line ----------------------------------------------------------------------------
-def parse_args(argv=None, settings=None):
-    """The command line as a namespace; `settings` are a checkpoint's, instead of the defaults."""
+def parse_args(argv, settings=None):
+    """Return the command line as a namespace; a checkpoint's `settings` replace the defaults."""
     def between(kind, low, high=2**32 - 1):
-        def number(text):       # argparse names it in its message
+        def number(text):       # argparse says: invalid number value: 'abc'
             if low <= kind(text) <= high:
                 return kind(text)
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -589,35 +590,35 @@ def parse_args(argv=None, settings=None):
     flag("--lr-g", share, 4e-4, "generator's learning rate (the paper: 2e-4)")
     flag("--lr-d", share, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
     flag("--beta1", between(float, 0, 0.999), 0.25, "of Adam (the paper: 0.5)")
-    flag("--optimizer-d", str, "adam", "the discriminator's", choices=("adam", "sgd"))
+    flag("--optimizer-d", str, "adam", "of the discriminator", choices=("adam", "sgd"))
     flag("--flip-labels", share, 0.0, "share of the discriminator's labels to swap")
     flag("--out", Path, "out", "folder for everything that the run makes")
-    flag("--generate", natural, None, "draw so many pictures from the run's best epoch")
+    flag("--generate", natural, None, "draw this many pictures with the run's best epoch")
     flag("--seed", between(int, 0), 42, "random seed")
     flag("--device", str, str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
          "cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", choices=("auto", "bf16", "fp32"))
     flag("--log-interval", natural, 100, "steps between printed lines")
-    parser.add_argument("--fresh-noise", action="store_true", help="new noise for G in each step")
+    parser.add_argument("--fresh-noise", action="store_true", help="G's half gets noise of its own")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     return parser.parse_args(argv, argparse.Namespace(**settings or {}))
 
 def read_checkpoint(argv, args):
-    """The command line again, with a checkpoint's settings for defaults, and that checkpoint."""
+    """Parse again with a checkpoint's settings as defaults; return that and the checkpoint."""
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     try:
         saved = torch.load(path, "cpu", weights_only=True)
-        settings = saved["config"] and saved["settings"]        # KeyError: an older version
+        settings = saved["config"] and saved["settings"]    # either may be missing in an old file
     except Exception as error:
         raise UserError(f"{path} cannot be read, train first or check --out: {error!r:.200}")
-    args = parse_args(argv, settings)
+    args = parse_args(argv, settings)       # a resumed run may change these five only:
     for name in settings.keys() - {"data", "epochs", "device", "precision", "log_interval"}:
         if args.resume and getattr(args, name) != settings[name]:
             raise UserError(f"this run has --{name.replace('_', '-')} {settings[name]}")
     return args, saved
 
 def main(argv=None):
-    """Train or generate, as the command line says."""
+    """Train or generate. What the user can fix is one line on standard error and status 1."""
     args, saved = parse_args(argv), None
     try:
         if args.resume or args.generate:
@@ -633,5 +634,5 @@ def main(argv=None):
         raise SystemExit(f"dcgan.py: error: {' '.join(str(error).split()) or 'interrupted'}")
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")       # for pipes; for odd names
     main()

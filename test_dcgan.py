@@ -565,7 +565,7 @@ def test_generate_draws_the_same_again_and_removes_only_its_own(finished, monkey
     assert len(second) == len(second.items() - first.items()) == 6
     assert generate(finished, 9) == first | {"mine.png": b"precious"}
 
-@pytest.mark.parametrize("step, diversity, fake_score, distances, told", [
+@pytest.mark.parametrize("step, diversity, d_fake, distances, told", [
     (301, 0.51, 0.051, [30], []),
     (301, 0.49, 0.051, [30], ["the generator collapses"]),
     (300, 0.49, 0.051, [30], []),           # too early to tell
@@ -574,10 +574,10 @@ def test_generate_draws_the_same_again_and_removes_only_its_own(finished, monkey
     (301, 0.51, 1, [40, 20, 23, 23, 23, 23, 23], ["past its best, epoch 2, kept in best.pt"]),
     (301, 0.51, 1, [40, 20, 30, 30, 30, 30, 21], []),       # not clearly
 ])
-def test_troubles(step, diversity, fake_score, distances, told):
+def test_troubles(step, diversity, d_fake, distances, told):
     rows = [{"epoch": epoch, "step": step, "frechet": distance, "diversity": diversity}
             for epoch, distance in enumerate(distances, 1)]
-    troubles = dcgan.find_troubles(rows, fake_score)
+    troubles = dcgan.find_troubles(rows, d_fake)
     assert [trouble.split(";")[0] for trouble in troubles] == told
 
 # ---- Several processes ---------------------------------------------------------------------------
