@@ -407,8 +407,8 @@ def test_loss_plot_shows_both_losses_also_negative_ones():
 ])
 def test_each_process_has_its_gpu_and_bf16_where_it_is_native(precision, native, bf16, monkeypatch):
     monkeypatch.setattr(dcgan, "LOCAL_RANK", 2)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native == (name == "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native == (name != "cpu"))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: Namespace(device=torch.device(device)))
     for name, device in ("cpu", "cpu"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1"):
         assert dcgan.find_device(name, precision) == (torch.device(device), bf16)
