@@ -2,7 +2,7 @@
 """DCGAN in one file: learn from pictures of faces to draw people who do not exist.
 
     python dcgan.py --data toy --epochs 3 --out out-toy     drawn faces, no download
-    python dcgan.py --epochs 20                             CelebA, as in the lecture
+    python dcgan.py --epochs 20                             CelebA, the lecture's faces
     python dcgan.py --generate 1000                         pictures from its best epoch
 
 Ctrl-C or SIGTERM during training saves and exits with 130 or 143; a wrong flag exits with 2, any
@@ -56,7 +56,8 @@ class Generator(nn.Sequential):
         up = nn.ConvTranspose2d
         super().__init__(                                           # shapes at the defaults:
             nn.Unflatten(1, (latent_dim, 1, 1)),                                    # 100 x 1 x 1
-            block(up, latent_dim, widths[0], slope, side, stride=1, padding=0),     # 512 x 4 x 4
+            block(up, latent_dim, widths[0], slope,
+                  kernel=side, stride=1, padding=0),                                # 512 x 4 x 4
             *[block(up, a, b, slope) for a, b in pairwise(widths)],     # 3 blocks to 64 x 32 x 32
             up(widths[-1], channels, 4, stride=2, padding=1),                       # 3 x 64 x 64
             nn.Tanh(),
@@ -169,7 +170,6 @@ from tqdm import tqdm
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}    # with gloo, joining waits for all
 
 class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
@@ -234,8 +234,8 @@ def list_files(source):
         raise UserError(f"{source} is neither a folder nor a readable .zip ({error}); {DATA_HELP}")
     for info in archive.infolist():
         if not info.is_dir():
-            reader = partial(archive.read, info)
-            yield PurePosixPath(info.filename), (info.file_size, info.CRC), reader
+            yield (PurePosixPath(info.filename), (info.file_size, info.CRC),
+                   partial(archive.read, info))
 
 def download_celeba(archive):
     """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them: all or nothing."""
@@ -248,7 +248,7 @@ def download_celeba(archive):
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
 def find_pictures(path):
-    """The pictures of list_files by path. CelebA is downloaded; of all of it, the training part."""
+    """List the pictures by path; CelebA is downloaded, and all of it cut to its training part."""
     archive = path / CELEBA_ZIP
     if path == CELEBA_FOLDER and not archive.exists() and not any(map(is_picture, path.rglob("*"))):
         download_celeba(archive)
@@ -366,6 +366,8 @@ def animate(folder, epochs, path):
         first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun --------------------------------------------------
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}    # to join by NCCL alone waits for nobody
+
 def find_device(name, precision):
     """Return the device, in torchrun each process's own for "cuda", and whether to use bfloat16."""
     if name == "cuda":
@@ -531,8 +533,8 @@ def train(args, device, bf16, saved):
     torch.backends.cudnn.benchmark = True       # all batches have one shape: tuning pays
     source = batches(images, args.batch_size, args.epochs, args.seed, run.step, device, RANK, RANKS)
     with stop_signals() as signals:
-        for batch in tqdm(source, None, run.epoch_steps * args.epochs, initial=run.step,
-                          disable=RANK > 0 or None):
+        for batch in tqdm(source, total=run.epoch_steps * args.epochs, initial=run.step,
+                          disable=RANK > 0 or None):        # None: no bar unless in a terminal
             run.step += 1
             # decided by seed, step and rank alone, so that a resumed run draws the same noise
             rng = torch.Generator(device).manual_seed(seed_of("noise", args.seed, run.step, RANK))
