@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""DCGAN in one file: learn from pictures of faces to draw people who do not exist.
+"""DCGAN in one file: learn from photos of faces to draw people who do not exist.
 
     python dcgan.py --data toy --epochs 3 --out out-toy     drawn faces, no download
     python dcgan.py --epochs 20                             CelebA, the lecture's faces
     python dcgan.py --generate 1000                         pictures from its best epoch
+    python dcgan.py --resume                                continue a run, however it ended
 
-Ctrl-C or SIGTERM during training saves and exits with 130 or 143; a wrong flag exits with 2, any
-other error to fix with 1.
+Exit status: 0 on success, 1 for an error you can fix, 2 for a wrong flag, 130 after Ctrl-C.
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
 """
 from itertools import pairwise
@@ -15,172 +15,242 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---- Networks (Radford et al. 2016, section 3) ---------------------------------------------------
+# ---- Networks (Radford et al. 2016, section 3) ----------------------------------------------
 LATENT_DIM = 100
-# image size: channels of each map as multiples of the width, from the smallest map up to the one
-# of half the image's side; sides double. To add 96, write 96: (8, 4, 2, 1), which starts at 6 x 6
-WIDTHS = {32: (4, 2, 1), 64: (8, 4, 2, 1), 128: (8, 8, 4, 2, 1), 256: (8, 8, 8, 4, 2, 1)}
 
 def plan_maps(image_size, width):
-    """Return the maps' channels and the smallest map's side (4 here), or raise ValueError."""
-    if image_size not in WIDTHS:
-        raise ValueError(f"image_size {image_size} is not one of {list(WIDTHS)}")
-    factors = WIDTHS[image_size]
-    side, rest = divmod(image_size, 2**len(factors))
-    if rest:
-        raise ValueError(f"image_size {image_size} cannot be halved {len(factors)} times")
-    return [factor * width for factor in factors], side
+    """Return the channels of G's feature maps, smallest map first, and that map's side, 4 to 7
+    pixels. Each later map doubles the side. The last one, half as wide as the image, has `width`
+    channels, and each one before it twice as many, up to 8 x width. ValueError if image_size is
+    not 4 to 7 times a power of two."""
+    channels = []
+    side = image_size
+    while side >= 8 and side % 2 == 0:
+        channels.insert(0, width * min(8, 2 ** len(channels)))
+        side //= 2
+    if not channels or side >= 8:
+        raise ValueError(f"image_size {image_size} is not 4 to 7 times a power of two")
+    return channels, side
 
 def init_weights(module):
-    """Weights ~ N(0, 0.02) (Radford et al. 2016, section 4), batch norm scales ~ N(1, 0.02) (their
-    code); 0.02 is the std. Add spectral norm later: it makes module.weight a computed copy."""
+    """Weights ~ N(0, 0.02), batch norm scales ~ N(1, 0.02); 0.02 is the standard deviation
+    (Radford et al. 2016, section 4, and their code)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
-def block(convolution, inputs, outputs, slope, kernel=4, stride=2, padding=1):
-    """By default Conv2d halves the side of a map, and ConvTranspose2d doubles it."""
-    return nn.Sequential(
-        convolution(inputs, outputs, kernel, stride, padding, bias=False),  # batch norm has a bias
-        nn.BatchNorm2d(outputs),
-        nn.LeakyReLU(slope, inplace=True),
-    )
+class Generator(nn.Module):
+    """Latents N x latent_dim (or N x latent_dim x 1 x 1) -> images in [-1, 1], N x image_channels
+    x image_size x image_size. `slope` is LeakyReLU's: 0.01 in the lecture; 0 gives the paper's
+    ReLU. `layers` can be sliced: G.layers[:-2] ends before the last convolution."""
 
-class Generator(nn.Sequential):
-    """Latents N x latent_dim -> images N x channels x image_size x image_size in [-1, 1].
-    LeakyReLU as in the lecture, there with slope 0.01; with `slope` 0 it is the paper's ReLU."""
-
-    def __init__(self, latent_dim=LATENT_DIM, channels=3, width=64, image_size=64, slope=0.2):
-        widths, side = plan_maps(image_size, width)
-        up = nn.ConvTranspose2d
-        super().__init__(                                           # shapes at the defaults:
-            nn.Unflatten(1, (latent_dim, 1, 1)),                                    # 100 x 1 x 1
-            block(up, latent_dim, widths[0], slope,
-                  kernel=side, stride=1, padding=0),                                # 512 x 4 x 4
-            *[block(up, a, b, slope) for a, b in pairwise(widths)],     # 3 blocks to 64 x 32 x 32
-            up(widths[-1], channels, 4, stride=2, padding=1),                       # 3 x 64 x 64
-            nn.Tanh(),
-        )
+    def __init__(
+        self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2
+    ):
+        super().__init__()
+        channels, side = plan_maps(image_size, width)
+        # Shapes at the defaults: 100 x 1 x 1 -> 512 x 4 x 4
+        layers = [nn.ConvTranspose2d(latent_dim, channels[0], side, bias=False)]
+        # -> 256 x 8 x 8 -> 128 x 16 x 16 -> 64 x 32 x 32 -> 3 x 64 x 64
+        for before, after in pairwise([*channels, image_channels]):
+            layers += [
+                nn.BatchNorm2d(before),
+                nn.LeakyReLU(slope, inplace=True),
+                # kernel 4, stride 2 and padding 1 double the side
+                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
         self.apply(init_weights)
 
-class Discriminator(nn.Sequential):
-    """Images N x channels x image_size x image_size in [-1, 1] -> logits N x 1, positive: real."""
+    def forward(self, latents):
+        return self.layers(latents.view(len(latents), -1, 1, 1))
 
-    def __init__(self, channels=3, width=64, image_size=64, slope=0.2):
-        widths, side = plan_maps(image_size, width)
-        widths, down = widths[::-1], nn.Conv2d
-        super().__init__(                                           # at the defaults: 3 x 64 x 64
-            down(channels, widths[0], 4, stride=2, padding=1),                      # 64 x 32 x 32
+class Discriminator(nn.Module):
+    """Images in [-1, 1], N x image_channels x image_size x image_size -> float32 logits N x 1,
+    positive for real. ValueError for images of another shape. D.layers[:-2] gives features.
+    Spectral norm and gradient penalties need `norm=nn.Identity`."""
+
+    def __init__(
+        self, image_channels=3, width=64, image_size=64, slope=0.2, norm=nn.BatchNorm2d
+    ):
+        super().__init__()
+        self.image_shape = (image_channels, image_size, image_size)
+        channels, side = plan_maps(image_size, width)
+        channels.reverse()
+        # Shapes at the defaults: 3 x 64 x 64 -> 64 x 32 x 32
+        layers = [
+            # kernel 4, stride 2 and padding 1 halve the side
+            nn.Conv2d(image_channels, channels[0], 4, 2, 1),
             nn.LeakyReLU(slope, inplace=True),
-            *[block(down, a, b, slope) for a, b in pairwise(widths)],   # 3 blocks to 512 x 4 x 4
-            down(widths[-1], 1, side),                                              # 1 x 1 x 1
-            nn.Flatten(),                                                           # 1
-        )
+        ]
+        # -> 128 x 16 x 16 -> 256 x 8 x 8 -> 512 x 4 x 4
+        for before, after in pairwise(channels):
+            layers += [
+                nn.Conv2d(before, after, 4, 2, 1, bias=norm is nn.Identity),
+                norm(after),
+                nn.LeakyReLU(slope, inplace=True),
+            ]
+        # -> 1 x 1 x 1 -> 1
+        last = nn.Conv2d(channels[-1], 1, side)
+        self.layers = nn.Sequential(*layers, last, nn.Flatten())
         self.apply(init_weights)
 
-# ---- The game (Goodfellow et al. 2014; lecture 18.6) ---------------------------------------------
-def bce(logits, label, flip=0.0, rng=None):
-    """Mean binary cross-entropy of logits N x 1 with a label, 1 for real or 0 for fake.
-    Each label is swapped with probability `flip` (ganhacks, trick 6)."""
-    labels = torch.full_like(logits, label)
-    if flip:
-        labels[torch.rand(logits.shape, device=logits.device, generator=rng) < flip] = 1 - label
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    def forward(self, images):
+        # The convolutions would make several logits of a larger image.
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f"D takes N x {self.image_shape}, not {tuple(images.shape)}")
+        # Under autocast the layers compute in bfloat16; the losses need float32.
+        return self.layers(images).float()
 
-def train_step(G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, bf16=False,
-               fresh_noise=False, flip_labels=0.0, rng=None):
+# ---- The game (Goodfellow et al. 2014; lecture 18.6) ----------------------------------------
+def discriminator_loss(real_logits, fake_logits):
+    """Mean binary cross-entropy, with labels 1 for real and 0 for fake."""
+    bce = F.binary_cross_entropy_with_logits
+    loss_real = bce(real_logits, torch.ones_like(real_logits))
+    loss_fake = bce(fake_logits, torch.zeros_like(fake_logits))
+    return (loss_real + loss_fake) / 2
+
+def generator_loss(fake_logits):
+    """The non-saturating loss: binary cross-entropy with the label of real images."""
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+def swap_labels(logits, share):
+    """Negate each logit with probability `share`. For a loss symmetric in real and fake, that
+    equals swapping the label (ganhacks, trick 6)."""
+    if share == 0:
+        return logits
+    swapped = torch.rand_like(logits) < share
+    return torch.where(swapped, -logits, logits)
+
+def train_step(
+    G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *,
+    fresh_noise=False, flip_labels=0.0,
+    loss_for_d=discriminator_loss, loss_for_g=generator_loss,
+):
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
-    G maps latents z, normal noise N x latent_dim, to images. D maps images to logits N x 1; the
-    sigmoid of a logit is D(x), the estimated probability that x is real. With `bf16`, the networks
-    compute in bfloat16, the losses in float32. `fresh_noise` draws new latents for (2), and
-    `flip_labels` is the share of labels to swap in (1). `rng`: a torch.Generator on real's device.
-    Returns one tensor: loss_d, loss_g, mean D(x), mean D(G(z)); only loss_g is of the updated D."""
-    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=bf16)
 
-    def noise():
-        return torch.randn(len(real), latent_dim, device=real.device, generator=rng)
-
-    # (1) D learns to tell real from fake: maximise log D(x) + log(1 - D(G(z))). Real and fake go
-    # through D separately, so that batch norm does not mix them
-    with autocast:
-        fake = G(noise())
-        real_logits = D(real).float()
-        fake_logits = D(fake.detach()).float()      # detached: this half leaves G alone
-    loss_d = (bce(real_logits, 1, flip_labels, rng) + bce(fake_logits, 0, flip_labels, rng)) / 2
+    G maps latents z ~ N(0, 1), N x latent_dim, to images. D maps images to logits N x 1; the
+    sigmoid of a logit is D(x), the estimated probability that x is real. `fresh_noise` draws
+    new latents for (2). `flip_labels` is the share of labels that are swapped in (1).
+    Returns one detached tensor: loss_d, loss_g, mean D(x), mean D(G(z)). Only loss_g uses the
+    updated D. With other losses than these two, D(x) and D(G(z)) mean little.
+    """
+    # (1) D learns to tell real from fake: maximise log D(x) + log(1 - D(G(z))).
+    # Real and fake go through D separately, so that batch norm does not mix them.
+    latents = torch.randn(len(real), latent_dim, device=real.device)
+    fake = G(latents)
+    real_logits = D(real)
+    fake_logits = D(fake.detach())  # detached: D's gradient stops here
+    loss_d = loss_for_d(
+        swap_labels(real_logits, flip_labels),
+        swap_labels(fake_logits, flip_labels),
+    )
     optimizer_d.zero_grad()
     loss_d.backward()
     optimizer_d.step()
 
-    # (2) G learns to be taken for real by that new D: maximise log D(G(z)), the non-saturating
-    # loss. log(1 - D(G(z))) has the same goal, but its gradient vanishes while D spots every fake
-    with autocast:
-        if fresh_noise:
-            fake = G(noise())
-        logits = D(fake).float()        # again, because D was just updated
-    loss_g = bce(logits, 1)
+    # (2) G learns to fool the updated D: maximise log D(G(z)).
+    # log(1 - D(G(z))) has the same goal, but its gradient vanishes while D spots every fake.
+    if fresh_noise:
+        fake = G(torch.randn_like(latents))
+    loss_g = loss_for_g(D(fake))  # again, because D was just updated
     optimizer_g.zero_grad()
-    loss_g.backward(inputs=list(G.parameters()))        # D passes the gradient on and keeps none
+    loss_g.backward(inputs=list(G.parameters()))  # through D, but not into it
     optimizer_g.step()
 
-    # the sigmoids fit this loss only; for another, drop them and the 0.05 check in find_troubles
-    return torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(),
-                        fake_logits.sigmoid().mean()]).detach()
+    d_real = real_logits.sigmoid().mean()
+    d_fake = fake_logits.sigmoid().mean()
+    return torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
 
 @torch.no_grad()
 def update_average(average, G, decay, step):
-    """Move `average`, which began as copy.deepcopy(G).eval(), towards G after step `step`, from 1.
+    """Move `average`, initially copy.deepcopy(G).eval(), towards G. `step` counts from 1.
     G and D tend to circle an optimum; averaged weights often lie nearer to it and draw better."""
-    decay = min(decay, step / (9 + step))   # early weights are near random: use a shorter memory
-    # a state dict holds the network's own tensors: writing into them changes the network
-    for mean, latest in zip(average.state_dict().values(), G.state_dict().values()):
-        if mean.is_floating_point():        # weights, and the statistics of batch norm
-            mean.lerp_(latest, 1 - decay)
-        else:                               # the number of batches that batch norm has seen
-            mean.copy_(latest)
+    # Warm-up: early weights are near random, so use a shorter memory.
+    decay = min(decay, step / (9 + step))
+    # A state dict holds the network's own tensors: writing into them changes the network.
+    latest = G.state_dict()
+    for name, mean in average.state_dict().items():
+        if mean.is_floating_point():
+            mean.lerp_(latest[name], 1 - decay)
+        else:  # the number of batches that batch norm has seen
+            mean.copy_(latest[name])
 
-# ==== Above: the whole DCGAN. It needs only torch: copy it as it is ===============================
-# Below: what feeds, watches and saves it, with its own imports.
+def adam(network, lr=4e-4, beta1=0.25):
+    """Each network's optimiser. These rates learn faster than the paper's and the lecture's,
+    which are lr 2e-4 and beta1 0.5 (measured in .github/RESULTS.md)."""
+    betas = beta1, 0.999
+    return torch.optim.Adam(network.parameters(), lr, betas, fused=True)
+
+def train_steps(
+    G, D, average, optimizer_g, optimizer_d, batches, *, done=0, decay=0.999, **options
+):
+    """Train on each of `batches`; after each step, yield its number and what train_step
+    returned. `done` steps have been taken already. `options` are those of train_step."""
+    for step, real in enumerate(batches, start=done + 1):
+        losses = train_step(G, D, optimizer_g, optimizer_d, real, **options)
+        update_average(average, G, decay, step)
+        yield step, losses
+
+# ==== Above: the whole DCGAN. It needs only torch: copy it as it is ==========================
+# Below: data, monitoring and checkpoints, with imports of their own.
 # ruff: noqa: E402
 import argparse
 import copy
 import csv
+import hashlib
+import math
 import os
 import random
-import signal
 import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from io import BytesIO
-from multiprocessing.pool import ThreadPool
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from typing import Callable, NamedTuple
+from uuid import uuid4
 from zipfile import BadZipFile, ZipFile
+from zlib import crc32
+
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
-from torchvision.datasets import CelebA
 from torchvision.datasets.utils import download_url
 from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-# what torchrun tells each process: its number, how many there are, its number on this machine
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# What torchrun tells each process: its number, how many there are, its number on this machine.
+# Without torchrun, variables of these names were set by something else.
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK = int(TORCHRUN.get("RANK", 0))
+RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(TORCHRUN.get("LOCAL_RANK", 0))
+# tqdm's None: a bar in a terminal only
+NO_BAR = True if RANK > 0 else None
 
 class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
-def seed_of(*parts):
-    """Hash the parts to a seed: (42, 2) and (43, 1) get unrelated ones. CPUs use only 32 bits."""
-    return random.Random(repr(parts)).getrandbits(32)
+def say(line):
+    """Print a line, or a dict as `name value` pairs, above tqdm's bar, in one process only.
+    A character that standard output cannot show becomes a question mark."""
+    if RANK > 0:
+        return
+    if isinstance(line, dict):
+        line = " ".join(f"{name} {number}" for name, number in line.items())
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with tqdm.external_write_mode():
+        print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 @contextmanager
 def atomic_write(path):
-    """Yield the path of a file to write: on success it is renamed to `path`, on failure deleted."""
+    """Yield the path of a file to write: on success renamed to `path`, on failure deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}-{uuid4().hex}.part")
     try:
@@ -189,452 +259,640 @@ def atomic_write(path):
     finally:
         unfinished.unlink(missing_ok=True)
 
-# ---- Pictures in: from a path to one uint8 tensor, from that tensor to batches in [-1, 1] --------
+# ---- Pictures in: from a path to one uint8 tensor, from that tensor to batches in [-1, 1] ---
 CELEBA_FOLDER = Path("data/celeba")
-CELEBA_ID, CELEBA_MD5, CELEBA_ZIP = CelebA.file_list[0]      # of the archive of aligned faces
+CELEBA_ZIP = "img_align_celeba.zip"
+CELEBA_MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
 CELEBA_URLS = (
-    f"https://drive.google.com/file/d/{CELEBA_ID}/view",
+    "https://drive.google.com/file/d/0B7EVK8r0v71pZjFTYXZWM3FlRnM/view",
     f"https://cseweb.ucsd.edu/~weijian/static/datasets/celeba/{CELEBA_ZIP}",
     f"https://graal.ift.ulaval.ca/public/celeba/{CELEBA_ZIP}",
 )
-DATA_HELP = f"use --data toy or FOLDER_OR_ZIP, or put {CELEBA_ZIP} into {CELEBA_FOLDER} by hand"
+CELEBA_COUNT = 202_599
+CELEBA_TRAINING_COUNT = 162_770
+DATA_HELP = f"use --data toy or FOLDER_OR_ZIP, or put {CELEBA_ZIP} into {CELEBA_FOLDER}"
 
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
-    rng, faces = random.Random(0), []
+    rng = random.Random(0)
+    faces = []
     for _ in range(count):
-        size, skin = image_size * rng.uniform(0.7, 1), rng.randint(45, 85)
+        background = f"hsl({rng.randint(0, 360)}, 30%, 60%)"
+        hair = f"hsl(30, 50%, {rng.randint(5, 50)}%)"
+        lightness = rng.randint(45, 85)
+        skin = f"hsl(25, 50%, {lightness}%)"
+        lips = f"hsl(0, 60%, {lightness - 20}%)"
+        size = image_size * rng.uniform(0.7, 1)
         corner = rng.uniform(0, image_size - size)
-        image = Image.new("RGB", (image_size, image_size), f"hsl({rng.randint(0, 360)}, 30%, 60%)")
-        for color, *box in (        # left, top, right, bottom
-                (f"hsl(30, 50%, {rng.randint(5, 50)}%)", 0.15, 0.05, 0.85, 0.85),           # hair
-                (f"hsl(25, 50%, {skin}%)", 0.22, 0.15, 0.78, 0.95),                         # face
-                (f"hsl(0, 60%, {skin - 20}%)", 0.35, 0.7, 0.6, 0.77),                       # mouth
-                ("#123", 0.32, 0.42, 0.42, 0.5),                                            # eyes
-                ("#123", 0.58, 0.42, 0.68, 0.5)):
-            ImageDraw.Draw(image).ellipse([corner + size * edge for edge in box], color)
+        image = Image.new("RGB", (image_size, image_size), background)
+        draw = ImageDraw.Draw(image)
+        # left, top, right and bottom as shares of the head: hair, skin, lips and two eyes
+        for color, *edges in (
+            (hair, 0.15, 0.05, 0.85, 0.85),
+            (skin, 0.22, 0.15, 0.78, 0.95),
+            (lips, 0.35, 0.70, 0.60, 0.77),
+            ("#123", 0.32, 0.42, 0.42, 0.50),
+            ("#123", 0.58, 0.42, 0.68, 0.50),
+        ):
+            draw.ellipse([corner + size * edge for edge in edges], color)
         faces.append(TF.pil_to_tensor(image))
     return torch.stack(faces)
 
-def is_picture(path):
-    """Whether Pillow opens files of this ending, and no part of the relative path is hidden."""
-    opens = Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
-    return opens and "/." not in f"/{path.as_posix()}"
+class File(NamedTuple):
+    """A file in a folder or in a .zip: its path in there, with forward slashes; a stamp that
+    changes with the content; and a function that returns the bytes."""
+    name: str
+    stamp: tuple
+    read: Callable
 
 def list_files(source):
-    """Yield (path, stamp, reader) for each file in a folder or .zip; stamp: size, time or CRC."""
+    """Yield the files below a folder, links followed, or in a .zip. UserError if source is
+    neither, OSError for a subfolder that cannot be read and for a link that leads nowhere."""
+    def fail(error):
+        raise error
+
     if source.is_dir():
-        for file in filter(Path.is_file, source.rglob("*")):
-            stat = file.stat()
-            yield file.relative_to(source), (stat.st_size, stat.st_mtime_ns), file.read_bytes
+        for folder, _, names in os.walk(source, onerror=fail, followlinks=True):
+            for name in names:
+                path = Path(folder, name)
+                stat = path.stat()
+                stamp = stat.st_size, stat.st_mtime_ns
+                yield File(path.relative_to(source).as_posix(), stamp, path.read_bytes)
         return
+
     try:
         archive = ZipFile(source)
     except (OSError, BadZipFile) as error:
         raise UserError(f"{source} is neither a folder nor a readable .zip ({error}); {DATA_HELP}")
     for info in archive.infolist():
         if not info.is_dir():
-            yield (PurePosixPath(info.filename), (info.file_size, info.CRC),
-                   partial(archive.read, info))
+            stamp = info.file_size, info.CRC
+            yield File(info.filename, stamp, partial(archive.read, info))
+
+def is_picture(name):
+    """Whether Pillow opens files of this ending, and no part of the path is hidden."""
+    path = PurePosixPath(name)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+    return kind in Image.OPEN and not hidden
 
 def download_celeba(archive):
-    """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them: all or nothing."""
+    """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them."""
     for url in CELEBA_URLS:
         try:
             with atomic_write(archive) as unfinished:
-                return download_url(url, unfinished.parent, unfinished.name, CELEBA_MD5)
-        except Exception as error:      # gdown, the network and the disk fail in many ways
-            tqdm.write(f"no CelebA from {url}: {error}", sys.stderr)
+                download_url(url, unfinished.parent, unfinished.name, CELEBA_MD5)
+            return
+        # gdown, the network and the disk fail in many ways.
+        except Exception as error:
+            say(f"no CelebA from {url}: {error!r}")
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
 def find_pictures(path):
-    """List the pictures by path; CelebA is downloaded, and all of it cut to its training part."""
+    """Return the pictures in a folder or a .zip, sorted by name, and say how many there are; of
+    the whole of CelebA only the training partition. UserError if there are none."""
     archive = path / CELEBA_ZIP
-    if path == CELEBA_FOLDER and not archive.exists() and not any(map(is_picture, path.rglob("*"))):
-        download_celeba(archive)
-    files = sorted(list_files(archive if archive.exists() else path), key=itemgetter(0))
-    pictures = [file for file in files if is_picture(file[0])]
-    if LOCAL_RANK == 0:
-        print(f"{path}: {len(pictures)} pictures, passed over {len(files) - len(pictures)} files")
-    return pictures[:162_770] if len(pictures) == 202_599 else pictures     # 202,599: all of CelebA
+    files = list(list_files(archive if archive.exists() else path))
+    pictures = [file for file in files if is_picture(file.name)]
+    pictures.sort(key=attrgetter("name"))
+    others = len(files) - len(pictures)
+    say(f"{path}: {len(pictures)} pictures, {others} other files ignored")
+    if not pictures:
+        raise UserError(f"no pictures in {path}; {DATA_HELP}")
+    if len(pictures) == CELEBA_COUNT:
+        return pictures[:CELEBA_TRAINING_COUNT]
+    return pictures
 
 def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> its centred square of `crop` pixels, resized: RGB (PIL).
-    By default the lecture's 160 pixels of a picture of CelebA's size, else the largest square."""
+    By default the lecture's 160 pixels if it has CelebA's size, else the largest square.
+    ValueError for more than 8 bits a channel, which Pillow would clip."""
     picture = Image.open(BytesIO(data))
-    with suppress(Exception):       # malformed EXIF: the picture stays as it lies
+    # Pillow's modes of over 8 bits are I and I;16 (integers) and F (floats).
+    if picture.mode[0] in "IF":
+        raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
+    # With malformed EXIF data, the picture keeps its stored orientation.
+    with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode.startswith("I;16"):     # Pillow would clip all above 255 to white
-        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    side = crop or (160 if picture.size == (178, 218) else min(picture.size))
-    picture = TF.center_crop(picture, min(side, *picture.size)).convert("RGB")
-    return TF.resize(picture, image_size)
+
+    if crop is None:
+        crop = 160 if picture.size == (178, 218) else min(picture.size)
+    square = TF.center_crop(picture, min(crop, *picture.size))
+    return TF.resize(square.convert("RGB"), image_size)
 
 def write_cache(cache, pictures, image_size, crop):
-    """Write these pictures as RGB bytes, one after another; UserError if none can be read."""
-    skipped = []
-    def prepare(path, stamp, read):
+    """Write the pictures as RGB bytes, one after another, skipping broken ones. UserError if all
+    are broken, or if the system fails: skipped for that, a picture would be missing from the
+    cache for good."""
+    broken = []
+
+    def prepare(picture):
         try:
-            return decode(read(), image_size, crop).tobytes()
-        except Exception as error:      # a broken picture may raise anything
-            skipped.append(f"skipped {path}: {error}")
+            return decode(picture.read(), image_size, crop).tobytes()
+        # A broken picture may raise anything.
+        except Exception as error:
+            # The system's errors have a number; Pillow's OSError for a broken file has none.
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise UserError(f"{picture.name} could not be read: {error!r}")
+            broken.append(f"skipped {picture.name}: {error!r}")
             return b""
 
-    with atomic_write(cache) as unfinished, open(unfinished, "wb") as file, ThreadPool() as pool:
-        for i in tqdm(range(0, len(pictures), 1000), "preparing, in thousands", disable=None):
-            file.writelines(pool.starmap(prepare, pictures[i:i + 1000]))
-        skipped[10:] = [f"skipped {len(skipped)} of {len(pictures)} pictures"]  # after ten of them
-        tqdm.write("\n".join(skipped), sys.stderr)
-        if not file.tell():
-            raise UserError(f"no picture can be read; {skipped[0]}; {DATA_HELP}")
-        file.write(b"\0")      # load_images looks for this byte: a truncated file has none
+    # More than eight threads would fill the memory with large photos.
+    threads = ThreadPoolExecutor(min(8, os.cpu_count()))
+    with threads, atomic_write(cache) as unfinished, open(unfinished, "wb") as file:
+        prepared = threads.map(prepare, pictures)
+        file.writelines(tqdm(prepared, "preparing", len(pictures), disable=NO_BAR))
+        for line in broken[:10]:
+            say(line)
+        if len(broken) == len(pictures):
+            raise UserError(f"all {len(pictures)} pictures are broken; {DATA_HELP}")
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
-    It is mapped from a file in data/, so it may be larger than memory, and writing into it changes
-    the file. Delete that file after a change to decode. UserError if no picture can be read."""
+    It is mapped from a cache in data/, so that it may be larger than memory; writing into it
+    does not change the cache. Delete the cache after a change to decode. UserError if no
+    picture can be read."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
-    pictures = find_pictures(Path(path))
-    key = ascii([image_size, crop, *[picture[:2] for picture in pictures]])     # paths, stamps
-    cache = Path("data", f"{uuid5(NAMESPACE_URL, key)}.dcgan")
-    if not cache.exists() or cache.stat().st_size % (image_size**2 * 3) != 1:
+    path = Path(path)
+    archive = path / CELEBA_ZIP
+    if path == CELEBA_FOLDER and not archive.exists() and not any(path.rglob("*.jpg")):
+        download_celeba(archive)
+
+    pictures = find_pictures(path)
+    stamps = [(picture.name, picture.stamp) for picture in pictures]
+    key = ascii([image_size, crop, stamps]).encode()
+    cache = Path("data", f"{hashlib.md5(key).hexdigest()}.dcgan")
+    if not cache.exists():
         write_cache(cache, pictures, image_size, crop)
-    size = cache.stat().st_size     # below, shared: a private mapping would have to fit into memory
-    pixels = torch.from_file(str(cache), shared=True, size=size - 1, dtype=torch.uint8)
-    return pixels.unflatten(0, (-1, image_size, image_size, 3)).permute(0, 3, 1, 2)
 
-def batches(images, batch_size, epochs=1, seed=42, done=0, device=None, rank=0, ranks=1):
+    # A private mapping: for a shared one, the cache would have to be writable.
+    size = cache.stat().st_size
+    pixels = torch.from_file(str(cache), shared=False, size=size, dtype=torch.uint8)
+    images = pixels.view(-1, image_size, image_size, 3)
+    say(f"{len(images)} of these {len(pictures)} pictures can be read")
+    return images.permute(0, 3, 1, 2)
+
+def batches(
+    images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0, ranks=1
+):
     """uint8 images N x C x S x S -> the batches after the first `done`, float in [-1, 1].
-    The seed decides the order, another one in each epoch; an incomplete last batch is dropped. Of
-    several processes (ranks), each gets its share of every batch."""
+    The seed decides the order, a new one each epoch; an incomplete last batch is dropped.
+    Of several processes (ranks), each gets its share of every batch. Before each batch, torch
+    is seeded by seed, step and rank alone, so that a resumed run draws the same noise."""
     epoch_steps = len(images) // batch_size
-    for epoch in range(1 + done // epoch_steps, epochs + 1):
-        rng = torch.Generator().manual_seed(seed_of("order", seed, epoch))
-        order = torch.randperm(len(images), generator=rng).to(images.device)
-        for index in order.split(batch_size)[done % epoch_steps:epoch_steps]:
-            batch = images[index[rank::ranks]].to(device) / 127.5 - 1
-            yield batch.contiguous(memory_format=torch.channels_last)
-        done = 0        # the next epoch starts with its first batch
+    for step in range(done, epochs * epoch_steps):
+        epoch, index = divmod(step, epoch_steps)
+        if step == done or index == 0:
+            order_seed = crc32(f"order {seed} {epoch}".encode())
+            rng = torch.Generator("cpu").manual_seed(order_seed)
+            order = torch.randperm(len(images), generator=rng, device="cpu")
+        chosen = order[index * batch_size:(index + 1) * batch_size]
+        chosen = chosen[rank::ranks].to(images.device)
+        batch = images[chosen].to(device) / 127.5 - 1
+        torch.manual_seed(crc32(f"noise {seed} {step + 1} {rank}".encode()))
+        yield batch.contiguous(memory_format=torch.channels_last)
 
-# ---- Pictures out: sample, measure, plot, animate ------------------------------------------------
+# ---- Pictures out: sample, measure, plot, animate -------------------------------------------
 @torch.no_grad()
 def sample(G, latents):
-    """Latents N x latent_dim -> uint8 N x channels x S x S, on the CPU; G must be in eval mode."""
+    """Latents N x latent_dim -> uint8 N x channels x S x S on the CPU. G must be in eval mode."""
     device = next(G.parameters()).device
-    return torch.cat([(G(part.to(device)) * 127.5 + 127.5).round().byte().cpu()
-                      for part in latents.split(128)])
+    parts = []
+    for part in latents.split(128):
+        images = G(part.to(device)) * 127.5 + 127.5
+        parts.append(images.round().byte().cpu())
+    return torch.cat(parts)
 
 def compare(fake, real):
-    """uint8 images, N x C x S x S -> Frechet distance (lower is better), diversity (1 is healthy).
-    The distance is FID's (Heusel et al. 2017, arXiv:1706.08500), between normal distributions with
-    the means and covariances of both sets, but of pixels projected onto random vectors instead of
-    Inception's features. Diversity is the mean distance of two fakes over that of two reals."""
-    def project(images):        # onto 128 fixed random unit vectors
-        rng = torch.Generator().manual_seed(0)
-        vectors = F.normalize(torch.randn(images[0].numel(), 128, generator=rng), dim=0)
-        return (images.flatten(1) / 127.5 @ vectors).double()
+    """uint8 images N x C x S x S, two or more of each -> Frechet distance (lower is better) and
+    diversity (1 is healthy, near 0 is a collapse), both in random projections of the pixels.
+    The distance is FID's (Heusel et al. 2017, arXiv:1706.08500), between normal distributions
+    with the means and covariances of both sets, but not of Inception's features. Diversity is
+    the spread of fakes over that of reals, a geometric mean over all directions: even when all
+    faces are alike, background and brightness still vary."""
+    def moments(images):
+        # 128 fixed random unit vectors
+        rng = torch.Generator("cpu").manual_seed(0)
+        size = images[0].numel()
+        vectors = torch.randn(size, 128, generator=rng, device="cpu")
+        projections = images.flatten(1) / 127.5 @ F.normalize(vectors, dim=0)
+        return projections.double().mean(0), projections.double().T.cov()
 
-    fake, real = project(fake), project(real)
-    # |m - n|^2 + trace(A + B - 2 sqrt(A B)); the trace of a root: the sum of the eigenvalues' roots
-    eigenvalues = torch.linalg.eigvals(fake.T.cov() @ real.T.cov())
-    gap = (fake.mean(0) - real.mean(0)).square()
-    distance = (gap + fake.var(0) + real.var(0)).sum() - 2 * eigenvalues.sqrt().real.sum()
-    return distance.item(), (torch.pdist(fake).mean() / torch.pdist(real).mean()).item()
+    fake_mean, fake_cov = moments(fake)
+    real_mean, real_cov = moments(real)
+    # |m - n|^2 + trace(A + B - 2 sqrt(A B)); the last trace: the sum of the eigenvalues' roots
+    gap = (fake_mean - real_mean).square().sum()
+    roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
+    distance = gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
+
+    # A determinant multiplies 32 variances, so its 64th root is a mean standard deviation. More
+    # directions would show the fine detail that healthy runs lack, too. What rounding to bytes
+    # may hide, 1/12 of its step squared, keeps the determinant of equal pictures above zero.
+    rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
+    log_fake = (fake_cov[:32, :32] + rounding).logdet()
+    log_real = (real_cov[:32, :32] + rounding).logdet()
+    diversity = ((log_fake - log_real) / 64).exp()
+    return distance.item(), diversity.item()
 
 def plot_losses(losses, epochs, path):
-    """Draw loss_d and loss_g (steps x 2) over epochs, each as 200 means."""
-    image = Image.new("RGB", (480, 270), "white")
-    draw = ImageDraw.Draw(image)
+    """Draw loss_d and loss_g (steps x 2) over epochs, each as 200 means. The axis fits every
+    peak, except in the first four means: the first steps may leave the picture."""
     means = F.adaptive_avg_pool1d(losses.T, 200)
-    low, high = means.min(), means.quantile(0.97)       # early peaks may leave the picture
-    y = 240 - 200 * (means - low) / (high - low + 1e-9)
-    x = torch.linspace(40, 460, 200).tolist()
-    for curve, color in zip(y.tolist(), ("#1f5fa8", "#d2691e")):
-        draw.line(list(zip(x, curve)), color)
-    draw.text((40, 10), "discriminator loss: blue, generator loss: orange", "black")
-    for part in 0, 0.5, 1:      # of both axes
-        draw.text((5, 235 - 200 * part), f"{low + (high - low) * part:.2g}", "black")
-        draw.text((40 + 380 * part, 250), f"epoch {epochs * part:g}", "black")
+    low = math.floor(means.min().clamp(max=0))
+    high = math.floor(means[:, 4:].max()) + 1
+    image = Image.new("RGB", (640, 360), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((60, 10), "loss of the discriminator: blue, of the generator: orange", "black")
+    draw.text((430, 335), "epoch", "black")
+    # Both ends of an axis are whole numbers, so its middle has one decimal at most.
+    for part in 0, 0.5, 1:
+        loss = low + (high - low) * part
+        draw.text((20, 305 - 260 * part), f"{loss:g}", "black")
+        draw.text((55 + 560 * part, 335), f"{epochs * part:g}", "black")
+
+    x = torch.linspace(60, 620, 200).tolist()
+    y = 310 - 260 * (means.clamp(max=high) - low) / (high - low)
+    for curve, color in zip(y.tolist(), ["#1f5fa8", "#d2691e"]):
+        draw.line(list(zip(x, curve)), color, width=2)
     image.save(path)
 
-def animate(folder, epochs, path):
-    """Make a GIF of the grids of epochs 1 to `epochs` in `folder`; missing ones are left out."""
-    grids = [folder / f"epoch_{epoch:03d}.png" for epoch in range(1, epochs + 1)]
-    frames = map(Image.open, filter(Path.exists, grids))        # an iterator: few are open at once
-    for first in frames:        # runs once: saving the first consumes the rest
-        first.save(path, save_all=True, append_images=frames, duration=500, loop=0)
+def animate(folder, path):
+    """Make a GIF of the grids in `folder`: at most 100, evenly spread, up to the last one."""
+    grids = sorted(folder.glob("epoch_*.png"), key=lambda grid: int(grid.stem[6:]))
+    every = 1 + len(grids) // 100
+    frames = [Image.open(grid) for grid in grids[::-every]]
+    first, *others = reversed(frames)
+    first.save(path, save_all=True, append_images=others, duration=500, loop=0)
 
-# ---- Devices, and several processes in torchrun --------------------------------------------------
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}    # to join by NCCL alone waits for nobody
-
-def find_device(name, precision):
-    """Return the device, in torchrun each process's own for "cuda", and whether to use bfloat16."""
+# ---- Devices, and several processes in torchrun ---------------------------------------------
+def find_device(name="auto", precision="auto"):
+    """Return the device, and "bf16" or "fp32". "auto" is a GPU or other accelerator if torch
+    finds one, and bf16 where it is native. In torchrun, "cuda" is each process's own GPU.
+    UserError if the device cannot be used."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     try:
-        device = torch.zeros(1, device=name).device     # raises if it cannot be used
-    except Exception as error:      # each kind of device has errors of its own
-        raise UserError(f"--device {name} cannot be used: {error}; try --device cpu")
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-              else torch.cpu._is_avx512_bf16_supported())       # false on Macs with mps
-    return device, native if precision == "auto" else precision == "bf16"
+        zero = torch.zeros(1, device=name)
+        # This raises on a device without memory, such as meta.
+        zero.item()
+    # Each kind of device has errors of its own.
+    except Exception as error:
+        raise UserError(f"--device {name} cannot be used, try --device cpu: {error!r}")
 
-def average_gradient(parameter):
-    """Average its gradient over all processes: as a hook, so that train_step need not know."""
-    dist.all_reduce(parameter.grad)
-    parameter.grad /= RANKS
+    if zero.is_cuda:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # The public torch.cpu.get_capabilities is missing in torch 2.7.
+        native = zero.is_cpu and torch.cpu._is_avx512_bf16_supported()
+    if precision == "auto":
+        precision = "bf16" if native else "fp32"
+    return zero.device, precision
 
-# ---- The run -------------------------------------------------------------------------------------
-def find_troubles(rows, highest_d_fake):
-    """Yield what is wrong after the latest epoch; `rows` are those of log.csv, one per epoch."""
-    latest, best = rows[-1], min(rows, key=itemgetter("frechet"))
-    if latest["step"] > 300 and latest["diversity"] < 0.5:      # early on, all fakes are alike
-        yield "the generator collapses; try lower, equal --lr-g and --lr-d, or a lower --beta1"
-    if highest_d_fake < 0.05:       # of all D(G(z)): D spots each fake. Other losses may lack it
-        yield "the discriminator has won; try a lower --lr-d or a higher --lr-g"
-    if min(row["frechet"] for row in rows[-5:]) > 1.1 * best["frechet"]:    # all five are worse
-        yield f"past its best, epoch {best['epoch']}, kept in best.pt"
+def average_ranks(tensor):
+    """Average a tensor over all processes, in place, once all have arrived. UserError if one
+    has ended."""
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended: {error!r}")
+    tensor /= RANKS
+
+# ---- The run --------------------------------------------------------------------------------
+# In seconds, not in steps: a step takes a second on a CPU and milliseconds on a GPU.
+SAVE_SECONDS = 60
 
 class Run:
-    """All training state. A checkpoint holds each attribute, or its state_dict() if it has one."""
+    """All training state. A checkpoint holds each attribute under its name, or its state_dict
+    if it has one: to rename an attribute is to change the file format."""
 
-    def __init__(self, args, images, device):
+    def __init__(self, args, image_count, device):
         torch.manual_seed(args.seed)
-        self.config = dict(latent_dim=LATENT_DIM, channels=images.shape[1], width=args.width,
-                           image_size=args.image_size, slope=args.slope_g)
-        self.G = Generator(**self.config)
-        self.D = Discriminator(images.shape[1], args.width, args.image_size)
+        sizes = {"width": args.width, "image_size": args.image_size}
+        self.G_arguments = {"latent_dim": LATENT_DIM, "slope": args.slope_g, **sizes}
+        self.D_arguments = {"slope": args.slope_d, **sizes}
+        self.G = Generator(**self.G_arguments)
+        self.D = Discriminator(**self.D_arguments)
         for network in self.G, self.D:
             network.to(device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.G).eval()     # the moving average of G: it draws all pictures
-        adam = partial(torch.optim.Adam, betas=(args.beta1, 0.999), fused=True)
-        self.optimizer_g = adam(self.G.parameters(), args.lr_g)
-        optimizers = {"adam": adam, "sgd": torch.optim.SGD}
-        self.optimizer_d = optimizers[args.optimizer_d](self.D.parameters(), args.lr_d)
+        # All pictures are drawn by this average of G.
+        self.average = copy.deepcopy(self.G).eval()
+        self.optimizer_g = adam(self.G, args.lr_g, args.beta1)
+        if args.optimizer_d == "sgd":
+            self.optimizer_d = torch.optim.SGD(self.D.parameters(), args.lr_d)
+        else:
+            self.optimizer_d = adam(self.D, args.lr_d, args.beta1)
+
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        self.pictures = len(images)         # how many there are
-        self.epoch_steps = self.pictures // args.batch_size
-        self.step = 0                                       # steps that are done
-        self.losses = torch.empty(0, 4)         # of each step: loss_d, loss_g, D(x), D(G(z))
-        self.rows = []                                      # of log.csv, one an epoch
-        self.settings = {name: value for name, value in vars(args).items()
-                         if name not in ("out", "resume", "generate")}
+        self.image_count = image_count
+        self.epoch_steps = image_count // args.batch_size
+        # how many steps are done, and what train_step returned for each
+        self.step = 0
+        self.losses = torch.empty(0, 4)
+        # the rows of log.csv, one an epoch
+        self.rows = []
+        self.settings = vars(args).copy()
+        for name in "out", "resume", "generate":
+            del self.settings[name]
 
     def save(self, path):
-        """Write every attribute, by way of memory: on a full disk, torch.save raises no OSError."""
-        state = {name: value.state_dict() if hasattr(value, "state_dict") else value
-                 for name, value in vars(self).items()}
+        """Write all attributes; UserError if a weight or a loss is infinite or NaN."""
+        self.check_finite()
+        state = {}
+        for name, value in vars(self).items():
+            state[name] = value.state_dict() if hasattr(value, "state_dict") else value
+        # By way of memory: on a full disk, torch.save raises no OSError.
         buffer = BytesIO()
         torch.save(state, buffer)
         with atomic_write(path) as unfinished:
             unfinished.write_bytes(buffer.getbuffer())
 
-    def make_row(self, *numbers):
-        """Epoch, step and these four or six numbers by name, to four significant digits."""
-        names = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity"
-        epoch = 1 + (self.step - 1) // self.epoch_steps
-        return dict(zip(names, [epoch, self.step, *(float(f"{number:.4g}") for number in numbers)]))
-
     def load(self, state):
-        state["settings"] = self.settings       # keep this call's: some may differ from the saved
-        for name, value in vars(self).items():
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(state[name])
-            else:
-                setattr(self, name, state[name])
+        """Restore what `save` wrote, except the settings: some may differ now."""
+        try:
+            for name, value in vars(self).items():
+                if hasattr(value, "load_state_dict"):
+                    value.load_state_dict(state[name])
+                elif name != "settings":
+                    setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint is of another version of dcgan.py: {error!r}")
 
-def end_epoch(run, real, out):
-    """Draw and measure the average's fakes, write log.csv, keep the best epoch; return troubles."""
-    fakes, losses = sample(run.ema, run.fixed_noise), run.losses.cpu()
-    row = run.make_row(*losses[-run.epoch_steps:].mean(0), *compare(fakes, real))
-    run.rows.append(row)
-    save_image(fakes[:64] / 255, out / "samples" / f"epoch_{row['epoch']:03d}.png")
-    plot_losses(losses[:, :2], row["epoch"], out / "losses.png")
-    with open(out / "log.csv", "w") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(run.rows)
-    if row is min(run.rows, key=itemgetter("frechet")):         # of equal ones, the first
-        run.save(out / "best.pt")
-    return find_troubles(run.rows, losses[-run.epoch_steps:, 3].max())      # 3: D(G(z))
+    def check_finite(self):
+        # One norm of all tensors, so that the host waits for the GPU once.
+        tensors = self.losses, *self.G.parameters(), *self.D.parameters()
+        if not nn.utils.get_total_norm(tensors).isfinite():
+            raise UserError(
+                f"a loss or weight is not finite at step {self.step}, which is not saved; "
+                "try lower --lr-g and --lr-d in a new --out"
+            )
 
-def end_step(run, real, args, signals):
-    """Save at an epoch's end or at a signal, which ends the run; print also at --log-interval."""
-    epoch_ended = run.step % run.epoch_steps == 0
-    if run.step % args.log_interval and not (epoch_ended or signals):
-        return
-    values = run.losses, *run.G.parameters(), *run.D.parameters()
-    if not nn.utils.get_total_norm(values).isfinite():      # one norm of all: one wait for a GPU
-        raise UserError(f"a loss or weight is not finite at step {run.step}, which is not saved; "
-                        "try lower --lr-g and --lr-d in a new --out")
-    troubles = end_epoch(run, real, args.out) if epoch_ended else ()
-    if epoch_ended or signals:      # last of the files: killed before it, the epoch is run again
-        run.save(args.out / "checkpoint.pt")
-    if signals:
-        tqdm.write(f"stopped after step {run.step}: go on with --resume", sys.stderr)
-        raise SystemExit(128 + signals[0])
-    # last of all, as printing may raise: in `dcgan.py | tee log`, Ctrl-C ends tee, too
-    row = run.rows[-1] if epoch_ended else run.make_row(*run.losses[-1])
-    tqdm.write(" ".join(f"{name} {number}" for name, number in row.items()))
-    for trouble in troubles:
-        tqdm.write(f"warning: {trouble}")
+    def make_row(self, losses, **measures):
+        """What train_step returned and measures by name, to four significant digits."""
+        names = "loss_d", "loss_g", "D(x)", "D(G(z))"
+        measures = dict(zip(names, losses.tolist(), strict=True)) | measures
+        rounded = {name: float(f"{number:.4g}") for name, number in measures.items()}
+        return {"epoch": math.ceil(self.step / self.epoch_steps), "step": self.step} | rounded
 
-@contextmanager
-def stop_signals():
-    """Yield a list that gets the first Ctrl-C or SIGTERM; the second raises KeyboardInterrupt."""
-    received = []
-    def remember(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
+    def remaining_steps(self, images, args, device, precision):
+        """Run train_steps over the steps that are left, with autocast, and in torchrun with
+        gradients that are averaged over all processes."""
+        # As a decorator, autocast holds for one call of the network, not for the whole step.
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        for network in self.G, self.D:
+            network.forward = autocast(network.forward)
+            if RANKS > 1:
+                for p in network.parameters():
+                    p.register_post_accumulate_grad_hook(lambda p: average_ranks(p.grad))
 
-    replaced = {number: signal.signal(number, remember)         # it returns the old handler
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
+        return train_steps(
+            self.G, self.D, self.average, self.optimizer_g, self.optimizer_d,
+            batches(
+                images, args.batch_size, args.epochs, args.seed, self.step, device, RANK, RANKS
+            ),
+            done=self.step,
+            decay=args.ema,
+            latent_dim=LATENT_DIM,
+            fresh_noise=args.fresh_noise,
+            flip_labels=args.flip_labels,
+        )
 
-def start(args, device, saved):
-    """Return the pictures and a Run, new or as saved. In torchrun, the processes meet here."""
-    if not saved and (args.out / "checkpoint.pt").exists():
-        raise UserError(f"--out {args.out} holds a run: --resume it, or choose another --out")
-    join = partial(dist.init_process_group, BACKENDS.get(device.type), timeout=timedelta(days=1))
+    def end_epoch(self, real, out, seconds):
+        """Draw and measure the average's fakes, write the epoch's files, keep the best epoch,
+        and print the epoch's line and what is wrong."""
+        self.check_finite()
+        losses = self.losses.cpu()
+        mean = losses[-self.epoch_steps:].mean(0)
+        fakes = sample(self.average, self.fixed_noise)
+        frechet, diversity = compare(fakes, real)
+        row = self.make_row(mean, frechet=frechet, diversity=diversity)
+        is_best = all(row["frechet"] < earlier["frechet"] for earlier in self.rows)
+        self.rows.append(row)
+
+        epoch = row["epoch"]
+        save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch:03d}.png")
+        plot_losses(losses[:, :2], epoch, out / "losses.png")
+        try:
+            with atomic_write(out / "log.csv") as path, open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, row, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+        # On Windows, a file that is open in Excel cannot be replaced.
+        except OSError as error:
+            say(f"log.csv stays as it is, its rows are in checkpoint.pt: {error}")
+        if is_best:
+            self.save(out / "best.pt")
+
+        say(row | {"time": timedelta(seconds=round(seconds))})
+        for trouble in self.find_troubles():
+            say(f"warning: {trouble}")
+
+    def find_troubles(self):
+        """Return a list of what is wrong after the latest epoch."""
+        latest = self.rows[-1]
+        distances = [row["frechet"] for row in self.rows]
+        d_fake = self.losses[-self.epoch_steps:, 3]
+        troubles = []
+        # Early on, all fakes are alike.
+        if latest["step"] > 300 and latest["diversity"] < 0.7:
+            troubles.append("the generator collapses: its pictures are too much alike")
+        # In healthy runs, too, D spots nearly every fake, but not in every step of an epoch.
+        if d_fake.max() < 0.01:
+            troubles.append("the discriminator has won: it spots every fake in every step")
+        if min(distances[-5:]) > 1.1 * min(distances):
+            best = 1 + distances.index(min(distances))
+            troubles.append(f"past its best, epoch {best}, kept in best.pt")
+        return troubles
+
+def start(args, device, run=None):
+    """Return the pictures and the run, a new one if there is none. In torchrun, one process of
+    each machine prepares the pictures first while the others wait."""
+    if RANKS > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    # To average any tensor is to wait for all.
     if LOCAL_RANK > 0:
-        join()      # waits for all: this machine's first process prepares the pictures, then joins
+        average_ranks(torch.zeros(1))
     images = load_images(args.data, args.image_size, args.crop)
     if RANKS > 1 and LOCAL_RANK == 0:
-        join()
-    found = f"--data {args.data} has {len(images)} readable pictures"
-    if len(images) < args.batch_size:
-        raise UserError(f"{found}, fewer than --batch-size {args.batch_size}")
-    if saved and saved["pictures"] != len(images):
-        raise UserError(f"{found}, but the run began with {saved['pictures']}")
+        average_ranks(torch.zeros(1))
+
+    if len(images) < max(2, args.batch_size):
+        raise UserError(f"{len(images)} pictures do not fill --batch-size {args.batch_size}")
+    if args.batch_size % RANKS:
+        raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
+    if run is None:
+        run = Run(args, len(images), device)
+    if run.image_count != len(images):
+        raise UserError(f"{len(images)} pictures, but the run began with {run.image_count}")
+    # Where they fit, the GPU picks its batches itself.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-    run = Run(args, images, device)
-    if saved:
-        run.load(saved)
     return images, run
 
-def train(args, device, bf16, saved):
-    """Train into args.out, from a checkpoint if there is one; in torchrun, as one of the ranks."""
-    images, run = start(args, device, saved)
-    real = images[::len(images) // 1024 + 1].cpu()      # 1,024 of them at most, to compare with
-    if RANK == 0:
+def train(args, device, precision, run=None):
+    """Train into args.out, on from a loaded run if there is one; in torchrun, as one rank."""
+    images, run = start(args, device, run)
+    checkpoint = args.out / "checkpoint.pt"
+    # to compare with: 1,024 at most
+    real = images[::len(images) // 1024 + 1].cpu()
+    if RANK == 0 and run.step == 0:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         save_image(real[:64] / 255, args.out / "real.png")
-        print(f"{len(images):,} pictures; {device}, {'bf16' if bf16 else 'fp32'}; see {args.out}")
-    if RANKS > 1:
-        for parameter in (*run.G.parameters(), *run.D.parameters()):
-            parameter.register_post_accumulate_grad_hook(average_gradient)
-    torch.backends.cudnn.benchmark = True       # all batches have one shape: tuning pays
-    source = batches(images, args.batch_size, args.epochs, args.seed, run.step, device, RANK, RANKS)
-    with stop_signals() as signals:
-        for batch in tqdm(source, total=run.epoch_steps * args.epochs, initial=run.step,
-                          disable=RANK > 0 or None):        # None: no bar unless in a terminal
-            run.step += 1
-            # decided by seed, step and rank alone, so that a resumed run draws the same noise
-            rng = torch.Generator(device).manual_seed(seed_of("noise", args.seed, run.step, RANK))
-            losses = train_step(run.G, run.D, run.optimizer_g, run.optimizer_d, batch, bf16=bf16,
-                                fresh_noise=args.fresh_noise, flip_labels=args.flip_labels, rng=rng)
-            update_average(run.ema, run.G, args.ema, run.step)
-            run.losses = torch.cat([run.losses.to(device), losses[None]])   # no wait for a GPU
-            if RANK == 0:       # the others hold the same weights, but own batch statistics
-                end_step(run, real, args, signals[:])       # a copy: no signal midway counts
-    if RANK == 0:
-        animate(args.out / "samples", len(run.rows), args.out / "samples.gif")
-    if RANKS > 1:
-        dist.destroy_process_group()        # in no finally: NCCL may hang after one rank's error
+        run.save(checkpoint)
+    left = max(0, run.epoch_steps * args.epochs - run.step)
+    say(f"{device}, {precision}; {left} steps left of --epochs {args.epochs}; see {args.out}")
 
-def generate(saved, count, out, seed, device):
-    """Write `count` pictures of a saved generator into out/generated, a grid of 64, and walk.png.
-    Each row of walk.png goes straight from one latent to another: gradual changes speak for
-    learning, sudden ones for memorising (Radford et al. 2016, section 6.1)."""
-    G = Generator(**saved["config"]).to(device).eval()
-    G.load_state_dict(saved["ema"])
+    # All batches have one shape, so let cuDNN try out its kernels and keep the fastest.
+    torch.backends.cudnn.benchmark = True
+    started = saved_at = time.monotonic()
+    saved_step = run.step
+    steps = run.remaining_steps(images, args, device, precision)
+    try:
+        for run.step, losses in tqdm(steps, total=left, disable=NO_BAR):
+            # The other ranks hold the same weights, but batch statistics of their own.
+            if RANK > 0:
+                continue
+            # Keep the losses on the GPU, as fetching them would make the host wait at each step.
+            # The growing copy is cheap: 400 KB after 20 epochs of CelebA.
+            run.losses = torch.cat([run.losses.to(device), losses[None]])
+            epoch_ended = run.step % run.epoch_steps == 0
+            if epoch_ended:
+                run.end_epoch(real, args.out, time.monotonic() - started)
+            elif run.step % args.log_interval == 0:
+                say(run.make_row(losses))
+            if epoch_ended or time.monotonic() - saved_at > SAVE_SECONDS:
+                run.save(checkpoint)
+                saved_step = run.step
+                saved_at = time.monotonic()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; --resume goes on after step {saved_step}") from None
+
+    if RANK == 0:
+        animate(args.out / "samples", args.out / "samples.gif")
+    # Not in a finally: NCCL may hang after an error of one rank.
+    if RANKS > 1:
+        dist.destroy_process_group()
+
+def generate(run, count, out, seed):
+    """Write `count` pictures of the run's average into out/generated, a grid of 64, and walk.png.
+    Each row of walk.png goes straight from one latent to another: gradual changes suggest
+    learning, sudden ones memorising (Radford et al. 2016, section 6.1)."""
     torch.manual_seed(seed)
-    noise = torch.randn(16 + count, saved["config"]["latent_dim"])      # 16: ends of eight walks
-    walk = [a.lerp(b, i / 7) for a, b in zip(noise[:8], noise[8:16]) for i in range(8)]
-    save_image(sample(G, torch.stack(walk)) / 255, out / "walk.png")
-    save_image(sample(G, noise[16:80]) / 255, out / "generated.png")
+    images = sample(run.average, torch.randn(count, LATENT_DIM))
+    save_image(images[:64] / 255, out / "generated.png")
+    # eight walks of eight steps: 8 x 8 x LATENT_DIM
+    begin, end = torch.randn(2, 8, 1, LATENT_DIM)
+    walk = begin.lerp(end, torch.linspace(0, 1, 8)[:, None])
+    save_image(sample(run.average, walk.flatten(0, 1)) / 255, out / "walk.png")
+
     folder = out / "generated"
     folder.mkdir(exist_ok=True)
-    for file in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):      # left by an earlier call
+    # An earlier call may have left more pictures than this one writes.
+    for file in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
         file.unlink()
-    for i, latent in enumerate(tqdm(noise[16:], "generating", disable=None), 1):
-        save_image(sample(G, latent[None]) / 255, folder / f"{i:06d}.png")
-    print(f"epoch {saved['rows'][-1]['epoch']}: {count} pictures in {folder} and {folder}.png")
+    for i, image in enumerate(images, 1):
+        save_image(image / 255, folder / f"{i:06d}.png")
+    say(f"epoch {run.rows[-1]['epoch']}: {count} pictures in {folder} and {folder}.png")
 
-# ---- The command line ----------------------------------------------------------------------------
+# ---- The command line -----------------------------------------------------------------------
+def natural(text):
+    """An argparse type: a whole number, at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+def fraction(text):
+    """An argparse type: a number in [0, 1)."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return float(text)
+
 def parse_args(argv, settings=None):
     """Return the command line as a namespace; a checkpoint's `settings` replace the defaults."""
-    def between(kind, low, high=2**32 - 1):
-        def number(text):       # argparse says: invalid number value: 'abc'
-            if low <= kind(text) <= high:
-                return kind(text)
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return number
-    natural, share = between(int, 1), between(float, 0, 1)
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    def flag(name, kind, default, text, **options):
-        parser.add_argument(name, type=kind, default=default, help=text, **options)
+    parser = argparse.ArgumentParser(
+        prog="dcgan.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+    def flag(name, kind, default, text, choices=None):
+        parser.add_argument(
+            name, type=kind, default=default, help=text, choices=choices
+        )
+
     flag("--data", str, str(CELEBA_FOLDER), "folder or .zip of pictures, or toy")
-    flag("--image-size", int, 64, "in pixels", choices=WIDTHS)
-    flag("--crop", natural, None, "pixels of the centre crop (160 for CelebA, else the largest)")
+    flag("--image-size", int, 64, "in pixels", [32, 64, 96, 128, 256])
+    flag("--crop", natural, None, "side of the centre crop; CelebA: 160, else the largest")
     flag("--width", natural, 64, "channels at half the image size")
-    flag("--slope-g", share, 0.2, "of the generator's LeakyReLU; 0 is ReLU")
-    flag("--ema", share, 0.999, "decay of the generator's moving average")
+    flag("--slope-g", fraction, 0.2, "of the generator's LeakyReLU; 0 is ReLU")
+    flag("--slope-d", fraction, 0.2, "of the discriminator's LeakyReLU")
+    flag("--ema", fraction, 0.999, "decay of the generator's moving average")
     flag("--epochs", natural, 20, "passes over the pictures")
-    flag("--batch-size", between(int, 2), 128, "images a step")
-    flag("--lr-g", share, 4e-4, "generator's learning rate (the paper: 2e-4)")
-    flag("--lr-d", share, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
-    flag("--beta1", between(float, 0, 0.999), 0.25, "of Adam (the paper: 0.5)")
-    flag("--optimizer-d", str, "adam", "of the discriminator", choices=("adam", "sgd"))
-    flag("--flip-labels", share, 0.0, "share of the discriminator's labels to swap")
+    flag("--batch-size", natural, 128, "images a step")
+    flag("--lr-g", fraction, 4e-4, "generator's learning rate (the paper: 2e-4)")
+    flag("--lr-d", fraction, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
+    flag("--beta1", fraction, 0.25, "of Adam (the paper: 0.5)")
+    flag("--optimizer-d", str, "adam", "of the discriminator", ["adam", "sgd"])
+    flag("--flip-labels", fraction, 0.0, "share of the discriminator's labels to swap")
     flag("--out", Path, "out", "folder for everything that the run makes")
     flag("--generate", natural, None, "draw this many pictures with the run's best epoch")
-    flag("--seed", between(int, 0), 42, "random seed")
-    flag("--device", str, str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
-         "cpu, cuda, cuda:1, mps, ...")
-    flag("--precision", str, "auto", "auto: bf16 if native", choices=("auto", "bf16", "fp32"))
+    flag("--seed", int, 42, "random seed")
+    flag("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    flag("--precision", str, "auto", "auto: bf16 if native", ["auto", "bf16", "fp32"])
     flag("--log-interval", natural, 100, "steps between printed lines")
-    parser.add_argument("--fresh-noise", action="store_true", help="G's half gets noise of its own")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    switch = partial(parser.add_argument, action="store_true")
+    switch("--fresh-noise", help="G's half of a step gets noise of its own")
+    switch("--resume", help="go on from the checkpoint in --out")
+    # What the namespace holds already takes the place of a default.
     return parser.parse_args(argv, argparse.Namespace(**settings or {}))
 
 def read_checkpoint(argv, args):
-    """Parse again with a checkpoint's settings as defaults; return that and the checkpoint."""
+    """Return the command line, parsed again with the settings of the checkpoint in --out as
+    defaults, and the checkpoint. For a new run, return it as it is, and None."""
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
+    if not args.resume and not args.generate:
+        if path.exists():
+            raise UserError(f"--out {args.out} holds a run: --resume it, or take another --out")
+        return args, None
     try:
         saved = torch.load(path, "cpu", weights_only=True)
-        settings = saved["config"] and saved["settings"]    # either may be missing in an old file
+        settings = saved["settings"]
     except Exception as error:
-        raise UserError(f"{path} cannot be read, train first or check --out: {error!r:.200}")
-    args = parse_args(argv, settings)       # a resumed run may change these five only:
-    for name in settings.keys() - {"data", "epochs", "device", "precision", "log_interval"}:
-        if args.resume and getattr(args, name) != settings[name]:
+        raise UserError(f"{path} cannot be read, train first or check --out: {error!r}")
+
+    args = parse_args(argv, settings)
+    may_change = ["data", "epochs", "device", "precision", "log_interval"]
+    if args.generate:
+        may_change.append("seed")
+    for name in settings.keys() - may_change:
+        if getattr(args, name) != settings[name]:
             raise UserError(f"this run has --{name.replace('_', '-')} {settings[name]}")
     return args, saved
 
 def main(argv=None):
     """Train or generate. What the user can fix is one line on standard error and status 1."""
-    args, saved = parse_args(argv), None
+    args = parse_args(argv)
+    run = None
     try:
-        if args.resume or args.generate:
-            args, saved = read_checkpoint(argv, args)
-        device, bf16 = find_device(args.device, args.precision)
-        if args.batch_size % RANKS:
-            raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
+        args, saved = read_checkpoint(argv, args)
+        data = Path(args.data).resolve()
+        if args.data != "toy" and args.out.resolve().is_relative_to(data):
+            raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
+        device, precision = find_device(args.device, args.precision)
+        if saved:
+            run = Run(args, saved.get("image_count", 0), device)
+            run.load(saved)
         if not args.generate:
-            train(args, device, bf16, saved)
+            train(args, device, precision, run)
         elif RANK == 0:
-            generate(saved, args.generate, args.out, args.seed, device)
-    except (UserError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        raise SystemExit(f"dcgan.py: error: {' '.join(str(error).split()) or 'interrupted'}")
+            generate(run, args.generate, args.out, args.seed)
+    except KeyboardInterrupt as interrupt:
+        if RANK == 0:
+            print(f"dcgan.py: interrupted{interrupt}", file=sys.stderr)
+        raise SystemExit(130)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        raise SystemExit(textwrap.shorten(f"dcgan.py: error: {error}", 400))
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")       # for pipes; for odd names
     main()
