@@ -19,10 +19,9 @@ from torch import nn
 LATENT_DIM = 100
 
 def plan_maps(image_size, width):
-    """Return the channels of G's feature maps, smallest map first, and that map's side, 4 to 7
-    pixels. Each later map doubles the side. The last one, half as wide as the image, has `width`
-    channels, and each one before it twice as many, up to 8 x width. ValueError if image_size is
-    not 4 to 7 times a power of two."""
+    """Return the channels of G's feature maps, smallest map first, and the side of that map, 4
+    to 7 pixels. Sides double up to half the image, channels halve from 8 x width at most to
+    width. ValueError if image_size is not 4 to 7 times a power of two."""
     channels = []
     side = image_size
     while side >= 8 and side % 2 == 0:
@@ -45,9 +44,7 @@ class Generator(nn.Module):
     x image_size x image_size. `slope` is LeakyReLU's: 0.01 in the lecture; 0 gives the paper's
     ReLU. `layers` can be sliced: G.layers[:-2] ends before the last convolution."""
 
-    def __init__(
-        self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2
-    ):
+    def __init__(self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2):
         super().__init__()
         channels, side = plan_maps(image_size, width)
         # Shapes at the defaults: 100 x 1 x 1 -> 512 x 4 x 4
@@ -71,9 +68,7 @@ class Discriminator(nn.Module):
     positive for real. ValueError for images of another shape. D.layers[:-2] gives features.
     Spectral norm and gradient penalties need `norm=nn.Identity`."""
 
-    def __init__(
-        self, image_channels=3, width=64, image_size=64, slope=0.2, norm=nn.BatchNorm2d
-    ):
+    def __init__(self, image_channels=3, width=64, image_size=64, slope=0.2, norm=nn.BatchNorm2d):
         super().__init__()
         self.image_shape = (image_channels, image_size, image_size)
         channels, side = plan_maps(image_size, width)
@@ -124,18 +119,15 @@ def swap_labels(logits, share):
     return torch.where(swapped, -logits, logits)
 
 def train_step(
-    G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *,
-    fresh_noise=False, flip_labels=0.0,
-    loss_for_d=discriminator_loss, loss_for_g=generator_loss,
+    G, D, optimizer_g, optimizer_d, real, latent_dim=LATENT_DIM, *, fresh_noise=False,
+    flip_labels=0.0, loss_for_d=discriminator_loss, loss_for_g=generator_loss,
 ):
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
-
     G maps latents z ~ N(0, 1), N x latent_dim, to images. D maps images to logits N x 1; the
     sigmoid of a logit is D(x), the estimated probability that x is real. `fresh_noise` draws
     new latents for (2). `flip_labels` is the share of labels that are swapped in (1).
-    Returns one detached tensor: loss_d, loss_g, mean D(x), mean D(G(z)). Only loss_g uses the
-    updated D. With other losses than these two, D(x) and D(G(z)) mean little.
-    """
+    Returns one detached tensor: loss_d, loss_g, mean D(x), mean D(G(z)). With other losses than
+    these two, D(x) and D(G(z)) mean little."""
     # (1) D learns to tell real from fake: maximise log D(x) + log(1 - D(G(z))).
     # Real and fake go through D separately, so that batch norm does not mix them.
     latents = torch.randn(len(real), latent_dim, device=real.device)
@@ -172,20 +164,15 @@ def update_average(average, G, decay, step):
     # A state dict holds the network's own tensors: writing into them changes the network.
     latest = G.state_dict()
     for name, mean in average.state_dict().items():
-        if mean.is_floating_point():
+        if mean.is_floating_point():  # not batch norm's counters, which nothing reads
             mean.lerp_(latest[name], 1 - decay)
-        else:  # the number of batches that batch norm has seen
-            mean.copy_(latest[name])
 
 def adam(network, lr=4e-4, beta1=0.25):
     """Each network's optimiser. These rates learn faster than the paper's and the lecture's,
     which are lr 2e-4 and beta1 0.5 (measured in .github/RESULTS.md)."""
-    betas = beta1, 0.999
-    return torch.optim.Adam(network.parameters(), lr, betas, fused=True)
+    return torch.optim.Adam(network.parameters(), lr, (beta1, 0.999), fused=True)
 
-def train_steps(
-    G, D, average, optimizer_g, optimizer_d, batches, *, done=0, decay=0.999, **options
-):
+def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=0.999, **options):
     """Train on each of `batches`; after each step, yield its number and what train_step
     returned. `done` steps have been taken already. `options` are those of train_step."""
     for step, real in enumerate(batches, start=done + 1):
@@ -226,7 +213,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 # What torchrun tells each process: its number, how many there are, its number on this machine.
-# Without torchrun, variables of these names were set by something else.
+# Without torchrun, something else has set them, such as a job scheduler.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK = int(TORCHRUN.get("RANK", 0))
 RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -337,7 +324,7 @@ def is_picture(name):
     return kind in Image.OPEN and not hidden
 
 def download_celeba(archive):
-    """Fetch CelebA's aligned faces, 1.4 GB, from the first source that has them."""
+    """Fetch CelebA's aligned faces, 1.4 GB, from the first source that works."""
     for url in CELEBA_URLS:
         try:
             with atomic_write(archive) as unfinished:
@@ -364,9 +351,9 @@ def find_pictures(path):
     return pictures
 
 def decode(data, image_size=64, crop=None):
-    """An encoded picture (bytes) -> its centred square of `crop` pixels, resized: RGB (PIL).
-    By default the lecture's 160 pixels if it has CelebA's size, else the largest square.
-    ValueError for more than 8 bits a channel, which Pillow would clip."""
+    """An encoded picture (bytes) -> its centred square of `crop` pixels (by default 160 of
+    CelebA's size, as in the lecture, else the largest), resized: RGB (PIL). ValueError for more
+    than 8 bits a channel, which Pillow would clip."""
     picture = Image.open(BytesIO(data))
     # Pillow's modes of over 8 bits are I and I;16 (integers) and F (floats).
     if picture.mode[0] in "IF":
@@ -382,8 +369,8 @@ def decode(data, image_size=64, crop=None):
 
 def write_cache(cache, pictures, image_size, crop):
     """Write the pictures as RGB bytes, one after another, skipping broken ones. UserError if all
-    are broken, or if the system fails: skipped for that, a picture would be missing from the
-    cache for good."""
+    are broken. An error of the system is raised: if a picture were skipped for it, the cache
+    would lack it for good."""
     broken = []
 
     def prepare(picture):
@@ -393,7 +380,7 @@ def write_cache(cache, pictures, image_size, crop):
         except Exception as error:
             # The system's errors have a number; Pillow's OSError for a broken file has none.
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise UserError(f"{picture.name} could not be read: {error!r}")
+                raise
             broken.append(f"skipped {picture.name}: {error!r}")
             return b""
 
@@ -408,10 +395,9 @@ def write_cache(cache, pictures, image_size, crop):
             raise UserError(f"all {len(pictures)} pictures are broken; {DATA_HELP}")
 
 def load_images(path, image_size=64, crop=None):
-    """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
-    It is mapped from a cache in data/, so that it may be larger than memory; writing into it
-    does not change the cache. Delete the cache after a change to decode. UserError if no
-    picture can be read."""
+    """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size. UserError
+    if no picture can be read. It is mapped from a cache in data/, so that it may be larger than
+    memory; writing into it leaves the cache alone. Delete that after a change to decode."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     path = Path(path)
@@ -433,22 +419,19 @@ def load_images(path, image_size=64, crop=None):
     say(f"{len(images)} of these {len(pictures)} pictures can be read")
     return images.permute(0, 3, 1, 2)
 
-def batches(
-    images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0, ranks=1
-):
-    """uint8 images N x C x S x S -> the batches after the first `done`, float in [-1, 1].
-    The seed decides the order, a new one each epoch; an incomplete last batch is dropped.
-    Of several processes (ranks), each gets its share of every batch. Before each batch, torch
-    is seeded by seed, step and rank alone, so that a resumed run draws the same noise."""
+def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0, ranks=1):
+    """uint8 images N x C x S x S -> the batches after the first `done`, float in [-1, 1], without
+    an incomplete last one. Each process (rank) gets its share of every batch. Seed and epoch
+    decide the order. Seed, step and rank decide what torch draws in a step, so that a resumed
+    run draws the same noise."""
     epoch_steps = len(images) // batch_size
     for step in range(done, epochs * epoch_steps):
         epoch, index = divmod(step, epoch_steps)
         if step == done or index == 0:
-            order_seed = crc32(f"order {seed} {epoch}".encode())
-            rng = torch.Generator("cpu").manual_seed(order_seed)
-            order = torch.randperm(len(images), generator=rng, device="cpu")
-        chosen = order[index * batch_size:(index + 1) * batch_size]
-        chosen = chosen[rank::ranks].to(images.device)
+            torch.manual_seed(crc32(f"order {seed} {epoch}".encode()))
+            order = torch.randperm(len(images), device="cpu")
+        first = index * batch_size
+        chosen = order[first + rank:first + batch_size:ranks].to(images.device)
         batch = images[chosen].to(device) / 127.5 - 1
         torch.manual_seed(crc32(f"noise {seed} {step + 1} {rank}".encode()))
         yield batch.contiguous(memory_format=torch.channels_last)
@@ -466,29 +449,27 @@ def sample(G, latents):
 
 def compare(fake, real):
     """uint8 images N x C x S x S, two or more of each -> Frechet distance (lower is better) and
-    diversity (1 is healthy, near 0 is a collapse), both in random projections of the pixels.
-    The distance is FID's (Heusel et al. 2017, arXiv:1706.08500), between normal distributions
-    with the means and covariances of both sets, but not of Inception's features. Diversity is
-    the spread of fakes over that of reals, a geometric mean over all directions: even when all
-    faces are alike, background and brightness still vary."""
-    def moments(images):
-        # 128 fixed random unit vectors
-        rng = torch.Generator("cpu").manual_seed(0)
-        size = images[0].numel()
-        vectors = torch.randn(size, 128, generator=rng, device="cpu")
-        projections = images.flatten(1) / 127.5 @ F.normalize(vectors, dim=0)
-        return projections.double().mean(0), projections.double().T.cov()
+    diversity (1 is healthy, near 0 is a collapse). The distance is FID's (Heusel et al. 2017,
+    arXiv:1706.08500), but of random projections of the pixels. Diversity is the spread of fakes
+    over that of reals, a geometric mean over all directions: even when all faces are alike,
+    background and brightness vary, so that an arithmetic mean would miss a collapse."""
+    # onto 128 fixed random unit vectors
+    rng = torch.Generator("cpu").manual_seed(0)
+    vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
+    vectors = F.normalize(vectors, dim=0)
+    fake = (fake.flatten(1) / 127.5 @ vectors).double()
+    real = (real.flatten(1) / 127.5 @ vectors).double()
+    fake_cov = fake.T.cov()
+    real_cov = real.T.cov()
 
-    fake_mean, fake_cov = moments(fake)
-    real_mean, real_cov = moments(real)
     # |m - n|^2 + trace(A + B - 2 sqrt(A B)); the last trace: the sum of the eigenvalues' roots
-    gap = (fake_mean - real_mean).square().sum()
+    gap = fake.mean(0) - real.mean(0)
     roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
-    distance = gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
+    distance = gap @ gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
 
     # A determinant multiplies 32 variances, so its 64th root is a mean standard deviation. More
-    # directions would show the fine detail that healthy runs lack, too. What rounding to bytes
-    # may hide, 1/12 of its step squared, keeps the determinant of equal pictures above zero.
+    # directions would show the fine detail that healthy runs lack, too. Adding the variance of
+    # rounding to bytes, step^2 / 12, keeps the determinant of equal pictures above zero.
     rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
     log_fake = (fake_cov[:32, :32] + rounding).logdet()
     log_real = (real_cov[:32, :32] + rounding).logdet()
@@ -496,23 +477,20 @@ def compare(fake, real):
     return distance.item(), diversity.item()
 
 def plot_losses(losses, epochs, path):
-    """Draw loss_d and loss_g (steps x 2) over epochs, each as 200 means. The axis fits every
-    peak, except in the first four means: the first steps may leave the picture."""
+    """Draw loss_d and loss_g (steps x 2) over epochs, each as 200 means. The axis fits all but
+    the first four, which are cut off at the top."""
     means = F.adaptive_avg_pool1d(losses.T, 200)
     low = math.floor(means.min().clamp(max=0))
     high = math.floor(means[:, 4:].max()) + 1
+    y = 320 - 280 * (means.clamp(max=high) - low) / (high - low)
     image = Image.new("RGB", (640, 360), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((60, 10), "loss of the discriminator: blue, of the generator: orange", "black")
-    draw.text((430, 335), "epoch", "black")
-    # Both ends of an axis are whole numbers, so its middle has one decimal at most.
-    for part in 0, 0.5, 1:
-        loss = low + (high - low) * part
-        draw.text((20, 305 - 260 * part), f"{loss:g}", "black")
-        draw.text((55 + 560 * part, 335), f"{epochs * part:g}", "black")
-
-    x = torch.linspace(60, 620, 200).tolist()
-    y = 310 - 260 * (means.clamp(max=high) - low) / (high - low)
+    draw.rectangle((50, 40, 610, 320), outline="grey")
+    draw.text((50, 15), "discriminator: blue, generator: orange", "black")
+    draw.text((10, 35), f"{high}\nloss", "black")
+    draw.text((10, 315), f"{low}", "black")
+    draw.text((560, 330), f"epoch {epochs}", "black")
+    x = torch.linspace(50, 610, 200).tolist()
     for curve, color in zip(y.tolist(), ["#1f5fa8", "#d2691e"]):
         draw.line(list(zip(x, curve)), color, width=2)
     image.save(path)
@@ -521,8 +499,8 @@ def animate(folder, path):
     """Make a GIF of the grids in `folder`: at most 100, evenly spread, up to the last one."""
     grids = sorted(folder.glob("epoch_*.png"), key=lambda grid: int(grid.stem[6:]))
     every = 1 + len(grids) // 100
-    frames = [Image.open(grid) for grid in grids[::-every]]
-    first, *others = reversed(frames)
+    chosen = grids[::-every]
+    first, *others = map(Image.open, reversed(chosen))
     first.save(path, save_all=True, append_images=others, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun ---------------------------------------------
@@ -536,7 +514,7 @@ def find_device(name="auto", precision="auto"):
         name = f"cuda:{LOCAL_RANK}"
     try:
         zero = torch.zeros(1, device=name)
-        # This raises on a device without memory, such as meta.
+        # Reading it fails on a device without memory, such as meta.
         zero.item()
     # Each kind of device has errors of its own.
     except Exception as error:
@@ -566,9 +544,9 @@ SAVE_SECONDS = 60
 
 class Run:
     """All training state. A checkpoint holds each attribute under its name, or its state_dict
-    if it has one: to rename an attribute is to change the file format."""
+    if it has one: renaming an attribute changes the file format."""
 
-    def __init__(self, args, image_count, device):
+    def __init__(self, args, device):
         torch.manual_seed(args.seed)
         sizes = {"width": args.width, "image_size": args.image_size}
         self.G_arguments = {"latent_dim": LATENT_DIM, "slope": args.slope_g, **sizes}
@@ -586,8 +564,8 @@ class Run:
             self.optimizer_d = adam(self.D, args.lr_d, args.beta1)
 
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        self.image_count = image_count
-        self.epoch_steps = image_count // args.batch_size
+        # known when the pictures are loaded
+        self.image_count = self.epoch_steps = 0
         # how many steps are done, and what train_step returned for each
         self.step = 0
         self.losses = torch.empty(0, 4)
@@ -634,11 +612,11 @@ class Run:
         names = "loss_d", "loss_g", "D(x)", "D(G(z))"
         measures = dict(zip(names, losses.tolist(), strict=True)) | measures
         rounded = {name: float(f"{number:.4g}") for name, number in measures.items()}
-        return {"epoch": math.ceil(self.step / self.epoch_steps), "step": self.step} | rounded
+        epoch = math.ceil(self.step / self.epoch_steps)
+        return {"epoch": epoch, "step": self.step} | rounded
 
     def remaining_steps(self, images, args, device, precision):
-        """Run train_steps over the steps that are left, with autocast, and in torchrun with
-        gradients that are averaged over all processes."""
+        """train_steps over what is left, under autocast; in torchrun with average gradients."""
         # As a decorator, autocast holds for one call of the network, not for the whole step.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         for network in self.G, self.D:
@@ -695,24 +673,27 @@ class Run:
         distances = [row["frechet"] for row in self.rows]
         d_fake = self.losses[-self.epoch_steps:, 3]
         troubles = []
-        # Early on, all fakes are alike.
-        if latest["step"] > 300 and latest["diversity"] < 0.7:
-            troubles.append("the generator collapses: its pictures are too much alike")
-        # In healthy runs, too, D spots nearly every fake, but not in every step of an epoch.
-        if d_fake.max() < 0.01:
-            troubles.append("the discriminator has won: it spots every fake in every step")
+        # Early on, in healthy runs too, all fakes are alike and D spots each of them.
+        if latest["step"] > 500:
+            if latest["diversity"] < 0.7:
+                troubles.append("the generator collapses: its pictures are too much alike")
+            # Later, D spots nearly every fake, but not in every step of an epoch.
+            if d_fake.max() < 0.01:
+                troubles.append("the discriminator has won: it spots every fake in every step")
         if min(distances[-5:]) > 1.1 * min(distances):
             best = 1 + distances.index(min(distances))
             troubles.append(f"past its best, epoch {best}, kept in best.pt")
         return troubles
 
-def start(args, device, run=None):
-    """Return the pictures and the run, a new one if there is none. In torchrun, one process of
-    each machine prepares the pictures first while the others wait."""
+def load_pictures(run, args, device):
+    """Load the pictures and tell the run how many there are. In torchrun, one process of each
+    machine prepares them while the others wait."""
+    if args.batch_size % RANKS:
+        raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    # To average any tensor is to wait for all.
+    # Averaging anything serves as a barrier.
     if LOCAL_RANK > 0:
         average_ranks(torch.zeros(1))
     images = load_images(args.data, args.image_size, args.crop)
@@ -721,24 +702,22 @@ def start(args, device, run=None):
 
     if len(images) < max(2, args.batch_size):
         raise UserError(f"{len(images)} pictures do not fill --batch-size {args.batch_size}")
-    if args.batch_size % RANKS:
-        raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
-    if run is None:
-        run = Run(args, len(images), device)
-    if run.image_count != len(images):
+    if run.image_count not in (0, len(images)):
         raise UserError(f"{len(images)} pictures, but the run began with {run.image_count}")
+    run.image_count = len(images)
+    run.epoch_steps = len(images) // args.batch_size
     # Where they fit, the GPU picks its batches itself.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-    return images, run
+    return images
 
-def train(args, device, precision, run=None):
-    """Train into args.out, on from a loaded run if there is one; in torchrun, as one rank."""
-    images, run = start(args, device, run)
+def train(run, args, device, precision):
+    """Train a new or loaded run up to args.epochs, into args.out; in torchrun, as one rank."""
+    images = load_pictures(run, args, device)
     checkpoint = args.out / "checkpoint.pt"
-    # to compare with: 1,024 at most
+    # the reference of compare: 1,024 at most
     real = images[::len(images) // 1024 + 1].cpu()
-    if RANK == 0 and run.step == 0:
+    if RANK == 0:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         save_image(real[:64] / 255, args.out / "real.png")
         run.save(checkpoint)
@@ -755,9 +734,10 @@ def train(args, device, precision, run=None):
             # The other ranks hold the same weights, but batch statistics of their own.
             if RANK > 0:
                 continue
-            # Keep the losses on the GPU, as fetching them would make the host wait at each step.
-            # The growing copy is cheap: 400 KB after 20 epochs of CelebA.
-            run.losses = torch.cat([run.losses.to(device), losses[None]])
+            # Kept on the GPU, as fetching them would make the host wait at each step. The
+            # growing copy is cheap: 400 KB after 20 epochs of CelebA.
+            before = run.losses.to(device)
+            run.losses = torch.cat([before, losses[None]])
             epoch_ended = run.step % run.epoch_steps == 0
             if epoch_ended:
                 run.end_epoch(real, args.out, time.monotonic() - started)
@@ -785,8 +765,9 @@ def generate(run, count, out, seed):
     save_image(images[:64] / 255, out / "generated.png")
     # eight walks of eight steps: 8 x 8 x LATENT_DIM
     begin, end = torch.randn(2, 8, 1, LATENT_DIM)
-    walk = begin.lerp(end, torch.linspace(0, 1, 8)[:, None])
-    save_image(sample(run.average, walk.flatten(0, 1)) / 255, out / "walk.png")
+    position = torch.linspace(0, 1, 8)[:, None]
+    walk = begin.lerp(end, position).flatten(0, 1)
+    save_image(sample(run.average, walk) / 255, out / "walk.png")
 
     folder = out / "generated"
     folder.mkdir(exist_ok=True)
@@ -817,14 +798,12 @@ def parse_args(argv, settings=None):
     )
 
     def flag(name, kind, default, text, choices=None):
-        parser.add_argument(
-            name, type=kind, default=default, help=text, choices=choices
-        )
+        parser.add_argument(name, type=kind, default=default, help=text, choices=choices)
 
     flag("--data", str, str(CELEBA_FOLDER), "folder or .zip of pictures, or toy")
     flag("--image-size", int, 64, "in pixels", [32, 64, 96, 128, 256])
     flag("--crop", natural, None, "side of the centre crop; CelebA: 160, else the largest")
-    flag("--width", natural, 64, "channels at half the image size")
+    flag("--width", natural, 64, "channels of the largest feature maps")
     flag("--slope-g", fraction, 0.2, "of the generator's LeakyReLU; 0 is ReLU")
     flag("--slope-d", fraction, 0.2, "of the discriminator's LeakyReLU")
     flag("--ema", fraction, 0.999, "decay of the generator's moving average")
@@ -835,21 +814,20 @@ def parse_args(argv, settings=None):
     flag("--beta1", fraction, 0.25, "of Adam (the paper: 0.5)")
     flag("--optimizer-d", str, "adam", "of the discriminator", ["adam", "sgd"])
     flag("--flip-labels", fraction, 0.0, "share of the discriminator's labels to swap")
-    flag("--out", Path, "out", "folder for everything that the run makes")
+    flag("--out", Path, "out", "output folder")
     flag("--generate", natural, None, "draw this many pictures with the run's best epoch")
     flag("--seed", int, 42, "random seed")
     flag("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", ["auto", "bf16", "fp32"])
     flag("--log-interval", natural, 100, "steps between printed lines")
-    switch = partial(parser.add_argument, action="store_true")
-    switch("--fresh-noise", help="G's half of a step gets noise of its own")
-    switch("--resume", help="go on from the checkpoint in --out")
-    # What the namespace holds already takes the place of a default.
+    parser.add_argument("--fresh-noise", action="store_true", help="new noise for G's half")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    # Values already in the namespace override the defaults.
     return parser.parse_args(argv, argparse.Namespace(**settings or {}))
 
 def read_checkpoint(argv, args):
-    """Return the command line, parsed again with the settings of the checkpoint in --out as
-    defaults, and the checkpoint. For a new run, return it as it is, and None."""
+    """For --resume and --generate, return the command line, parsed again with a checkpoint's
+    settings as defaults, and the checkpoint. Else return the command line and None."""
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     if not args.resume and not args.generate:
         if path.exists():
@@ -867,24 +845,23 @@ def read_checkpoint(argv, args):
         may_change.append("seed")
     for name in settings.keys() - may_change:
         if getattr(args, name) != settings[name]:
-            raise UserError(f"this run has --{name.replace('_', '-')} {settings[name]}")
+            raise UserError(f"the run was started with --{name.replace('_', '-')} {settings[name]}")
     return args, saved
 
 def main(argv=None):
-    """Train or generate. What the user can fix is one line on standard error and status 1."""
+    """Train or generate. Errors the user can fix become one line on standard error."""
     args = parse_args(argv)
-    run = None
     try:
         args, saved = read_checkpoint(argv, args)
         data = Path(args.data).resolve()
         if args.data != "toy" and args.out.resolve().is_relative_to(data):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
         device, precision = find_device(args.device, args.precision)
+        run = Run(args, device)
         if saved:
-            run = Run(args, saved.get("image_count", 0), device)
             run.load(saved)
         if not args.generate:
-            train(args, device, precision, run)
+            train(run, args, device, precision)
         elif RANK == 0:
             generate(run, args.generate, args.out, args.seed)
     except KeyboardInterrupt as interrupt:
@@ -892,7 +869,8 @@ def main(argv=None):
             print(f"dcgan.py: interrupted{interrupt}", file=sys.stderr)
         raise SystemExit(130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise SystemExit(textwrap.shorten(f"dcgan.py: error: {error}", 400))
+        reason = str(error) or repr(error)
+        raise SystemExit(textwrap.shorten(f"dcgan.py: error: {reason}", 400))
 
 if __name__ == "__main__":
     main()
