@@ -9,6 +9,7 @@
 Exit status: 0 on success, 1 for an error you can fix, 2 for a wrong flag, 130 after Ctrl-C.
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
 """
+import copy
 from itertools import pairwise
 
 import torch
@@ -21,14 +22,14 @@ LATENT_DIM = 100
 def plan_maps(image_size, width):
     """Return the channels of G's feature maps, smallest map first, and the side of that map, 4
     to 7 pixels. Sides double up to half the image, channels halve from 8 x width at most to
-    width. ValueError if image_size is not 4 to 7 times a power of two."""
+    width. ValueError if image_size is not 4 to 7 times 2, 4, 8, ..."""
     channels = []
     side = image_size
     while side >= 8 and side % 2 == 0:
         channels.insert(0, width * min(8, 2 ** len(channels)))
         side //= 2
     if not channels or side >= 8:
-        raise ValueError(f"image_size {image_size} is not 4 to 7 times a power of two")
+        raise ValueError(f"image_size {image_size} is not 4 to 7 times 2, 4, 8, ...")
     return channels, side
 
 def init_weights(module):
@@ -61,7 +62,7 @@ class Generator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, latents):
-        return self.layers(latents.view(len(latents), -1, 1, 1))
+        return self.layers(latents.reshape(len(latents), -1, 1, 1))
 
 class Discriminator(nn.Module):
     """Images in [-1, 1], N x image_channels x image_size x image_size -> float32 logits N x 1,
@@ -174,7 +175,8 @@ def adam(network, lr=4e-4, beta1=0.25):
 
 def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=0.999, **options):
     """Train on each of `batches`; after each step, yield its number and what train_step
-    returned. `done` steps have been taken already. `options` are those of train_step."""
+    returned. `done` steps have been taken already: left out in a second epoch, it would begin
+    the average's warm-up again. `options` are those of train_step."""
     for step, real in enumerate(batches, start=done + 1):
         losses = train_step(G, D, optimizer_g, optimizer_d, real, **options)
         update_average(average, G, decay, step)
@@ -184,7 +186,6 @@ def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=
 # Below: data, monitoring and checkpoints, with imports of their own.
 # ruff: noqa: E402
 import argparse
-import copy
 import csv
 import hashlib
 import math
@@ -424,6 +425,8 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0,
     an incomplete last one. Each process (rank) gets its share of every batch. Seed and epoch
     decide the order. Seed, step and rank decide what torch draws in a step, so that a resumed
     run draws the same noise."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"batches takes uint8 images, not {images.dtype}")
     epoch_steps = len(images) // batch_size
     for step in range(done, epochs * epoch_steps):
         epoch, index = divmod(step, epoch_steps)
