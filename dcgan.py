@@ -432,9 +432,9 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0,
         epoch, index = divmod(step, epoch_steps)
         if step == done or index == 0:
             torch.manual_seed(crc32(f"order {seed} {epoch}".encode()))
-            order = torch.randperm(len(images), device="cpu")
+            order = torch.randperm(len(images), device="cpu").to(images.device)
         first = index * batch_size
-        chosen = order[first + rank:first + batch_size:ranks].to(images.device)
+        chosen = order[first + rank:first + batch_size:ranks]
         batch = images[chosen].to(device) / 127.5 - 1
         torch.manual_seed(crc32(f"noise {seed} {step + 1} {rank}".encode()))
         yield batch.contiguous(memory_format=torch.channels_last)
