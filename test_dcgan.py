@@ -64,6 +64,11 @@ def test_other_sizes(size):
     assert images.shape == (2, 3, size, size)
     assert D(images).shape == (2, 1)
 
+def test_maps_have_8_times_the_width_at_most():
+    channels, side = dcgan.plan_maps(256, width=1)
+    assert channels == [8, 8, 8, 4, 2, 1]
+    assert side == 4
+
 @pytest.mark.parametrize("size", [4, 65, 100])
 def test_sizes_that_do_not_fit_are_refused(size):
     with pytest.raises(ValueError, match=f"{size} is not 4 to 7 times 2, 4, 8"):
@@ -611,18 +616,18 @@ def test_a_row_has_a_name_for_each_number():
     with pytest.raises(ValueError):
         dcgan.Run.make_row(state, torch.ones(5))
 
-def test_flags_reach_the_networks_and_the_optimisers():
-    train(*"""--epochs 1 --slope-g 0 --slope-d 0.5 --lr-g 0.1 --lr-d 0.03 --beta1 0.3
-        --optimizer-d sgd --ema 0 --seed 7""".split())
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_flags_reach_the_networks_and_the_optimisers(optimizer):
+    train(*"""--epochs 1 --slope-g 0 --slope-d 0.5 --lr-g 0.1 --lr-d 0.03 --beta1 0.3 --ema 0
+        --seed 7 --optimizer-d""".split(), optimizer)
     saved = checkpoint()
     assert saved["G_arguments"] == dict(latent_dim=100, slope=0, width=4, image_size=32)
     assert saved["D_arguments"] == dict(slope=0.5, width=4, image_size=32)
-    [adam] = saved["optimizer_g"]["param_groups"]
-    [plain] = saved["optimizer_d"]["param_groups"]
-    assert adam["lr"] == 0.1
-    assert adam["betas"] == (0.3, 0.999)
-    assert plain["lr"] == 0.03
-    assert "betas" not in plain
+    [of_g] = saved["optimizer_g"]["param_groups"]
+    [of_d] = saved["optimizer_d"]["param_groups"]
+    assert (of_g["lr"], of_d["lr"]) == (0.1, 0.03)
+    assert of_g["betas"] == (0.3, 0.999)
+    assert of_d.get("betas") == {"adam": (0.3, 0.999), "sgd": None}[optimizer]
     weights = "layers.0.weight"
     assert torch.equal(saved["average"][weights], saved["G"][weights])
 
@@ -631,6 +636,7 @@ def test_flags_reach_the_step(precision, monkeypatch):
     given = []
 
     def step(G, D, optimizer_g, optimizer_d, real, **options):
+        assert D(real).dtype == torch.float32
         given.append((G(torch.zeros(2, 100)).dtype, options))
         return torch.ones(4)
 
@@ -683,7 +689,10 @@ def test_the_best_epoch_is_kept_and_drawn(monkeypatch, capsys):
     assert "epoch 2: 3 pictures in " in capsys.readouterr().out
 
 def generate(finished, *argv):
-    Path("best.pt").write_bytes((finished / "best.pt").read_bytes())
+    """Draw with a run's last convolution made stronger, or its first pictures are all grey."""
+    saved = checkpoint(finished, "best.pt")
+    saved["average"]["layers.9.weight"] *= 50
+    torch.save(saved, "best.pt")
     run("--out", ".", "--data", "faces.zip", "--generate", *argv)
     return contents("generated")
 
@@ -699,7 +708,7 @@ def test_generate_draws_with_the_average(finished):
     generate(finished, 1)
     torch.manual_seed(42)
     latents = torch.randn(1, 100)
-    saved = checkpoint(finished, "best.pt")
+    saved = checkpoint(".", "best.pt")
     assert is_drawn_by_the_average("generated/000001.png", saved, latents)
 
 # ---- However a run ends ---------------------------------------------------------------------
@@ -825,6 +834,10 @@ def test_a_run_in_a_thread_with_captured_output(monkeypatch):
     thread.start()
     thread.join(60)
     assert checkpoint()["step"] == 5
+
+def test_processes_share_a_batch_evenly(monkeypatch):
+    monkeypatch.setattr(dcgan, "RANKS", 3)
+    assert "3 processes cannot share --batch-size 8 evenly" in error_of(*SMALL)
 
 def test_average_over_processes_is_a_mean(monkeypatch):
     monkeypatch.setattr(dcgan, "RANKS", 2)
