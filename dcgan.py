@@ -385,11 +385,16 @@ def write_cache(cache, pictures, image_size, crop):
             broken.append(f"skipped {picture.name}: {error!r}")
             return b""
 
+    def prepare_part(part):
+        return b"".join(map(prepare, part))
+
+    # One task a picture would cost a tenth of the time.
+    parts = [pictures[first:first + 64] for first in range(0, len(pictures), 64)]
     # More than eight threads would fill the memory with large photos.
     threads = ThreadPoolExecutor(min(8, os.cpu_count()))
     with threads, atomic_write(cache) as unfinished, open(unfinished, "wb") as file:
-        prepared = threads.map(prepare, pictures)
-        file.writelines(tqdm(prepared, "preparing", len(pictures), disable=NO_BAR))
+        prepared = threads.map(prepare_part, parts)
+        file.writelines(tqdm(prepared, "preparing, in 64s", len(parts), disable=NO_BAR))
         for line in broken[:10]:
             say(line)
         if len(broken) == len(pictures):
