@@ -219,7 +219,7 @@ TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK = int(TORCHRUN.get("RANK", 0))
 RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(TORCHRUN.get("LOCAL_RANK", 0))
-# tqdm's None: a bar in a terminal only
+# To tqdm, None means a bar in a terminal only.
 NO_BAR = True if RANK > 0 else None
 
 class UserError(Exception):
@@ -388,7 +388,7 @@ def write_cache(cache, pictures, image_size, crop):
     def prepare_part(part):
         return b"".join(map(prepare, part))
 
-    # One task a picture would cost a tenth of the time.
+    # In parts, because a task for each picture would take a tenth longer.
     parts = [pictures[first:first + 64] for first in range(0, len(pictures), 64)]
     # More than eight threads would fill the memory with large photos.
     threads = ThreadPoolExecutor(min(8, os.cpu_count()))
@@ -738,7 +738,8 @@ def train(run, args, device, precision):
     saved_step = run.step
     steps = run.remaining_steps(images, args, device, precision)
     try:
-        for run.step, losses in tqdm(steps, total=left, disable=NO_BAR):
+        for step, losses in tqdm(steps, total=left, disable=NO_BAR):
+            run.step = step
             # The other ranks hold the same weights, but batch statistics of their own.
             if RANK > 0:
                 continue
@@ -746,14 +747,14 @@ def train(run, args, device, precision):
             # growing copy is cheap: 400 KB after 20 epochs of CelebA.
             before = run.losses.to(device)
             run.losses = torch.cat([before, losses[None]])
-            epoch_ended = run.step % run.epoch_steps == 0
+            epoch_ended = step % run.epoch_steps == 0
             if epoch_ended:
                 run.end_epoch(real, args.out, time.monotonic() - started)
-            elif run.step % args.log_interval == 0:
+            elif step % args.log_interval == 0:
                 say(run.make_row(losses))
             if epoch_ended or time.monotonic() - saved_at > SAVE_SECONDS:
                 run.save(checkpoint)
-                saved_step = run.step
+                saved_step = step
                 saved_at = time.monotonic()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; --resume goes on after step {saved_step}") from None
