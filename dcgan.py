@@ -191,6 +191,7 @@ import hashlib
 import math
 import os
 import random
+import re
 import sys
 import textwrap
 import time
@@ -199,13 +200,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from io import BytesIO
-from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Callable, NamedTuple
 from uuid import uuid4
 from zipfile import BadZipFile, ZipFile
 from zlib import crc32
 
+import numpy
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist
 from torchvision.datasets.utils import download_url
@@ -214,7 +215,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 # What torchrun tells each process: its number, how many there are, its number on this machine.
-# Without torchrun, something else has set them, such as a job scheduler.
+# Without torchrun, a job scheduler may have set them.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK = int(TORCHRUN.get("RANK", 0))
 RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -226,15 +227,11 @@ class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
 def say(line):
-    """Print a line, or a dict as `name value` pairs, above tqdm's bar, in one process only.
-    A character that standard output cannot show becomes a question mark."""
-    if RANK > 0:
-        return
+    """Print a line, or a dict as `name value` pairs, above tqdm's bar, in one process only."""
     if isinstance(line, dict):
         line = " ".join(f"{name} {number}" for name, number in line.items())
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    with tqdm.external_write_mode():
-        print(line.encode(encoding, "replace").decode(encoding), flush=True)
+    if RANK == 0:
+        tqdm.write(line)
 
 @contextmanager
 def atomic_write(path):
@@ -268,8 +265,6 @@ def toy_faces(count=4096, image_size=64):
         background = f"hsl({rng.randint(0, 360)}, 30%, 60%)"
         hair = f"hsl(30, 50%, {rng.randint(5, 50)}%)"
         lightness = rng.randint(45, 85)
-        skin = f"hsl(25, 50%, {lightness}%)"
-        lips = f"hsl(0, 60%, {lightness - 20}%)"
         size = image_size * rng.uniform(0.7, 1)
         corner = rng.uniform(0, image_size - size)
         image = Image.new("RGB", (image_size, image_size), background)
@@ -277,8 +272,8 @@ def toy_faces(count=4096, image_size=64):
         # left, top, right and bottom as shares of the head: hair, skin, lips and two eyes
         for color, *edges in (
             (hair, 0.15, 0.05, 0.85, 0.85),
-            (skin, 0.22, 0.15, 0.78, 0.95),
-            (lips, 0.35, 0.70, 0.60, 0.77),
+            (f"hsl(25, 50%, {lightness}%)", 0.22, 0.15, 0.78, 0.95),
+            (f"hsl(0, 60%, {lightness - 20}%)", 0.35, 0.70, 0.60, 0.77),
             ("#123", 0.32, 0.42, 0.42, 0.50),
             ("#123", 0.58, 0.42, 0.68, 0.50),
         ):
@@ -319,18 +314,23 @@ def list_files(source):
 
 def is_picture(name):
     """Whether Pillow opens files of this ending, and no part of the path is hidden."""
-    path = PurePosixPath(name)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    hidden = re.search(r"(^|/)\.[^./]", name)
     return kind in Image.OPEN and not hidden
 
-def download_celeba(archive):
-    """Fetch CelebA's aligned faces, 1.4 GB, from the first source that works."""
+def get_celeba():
+    """Return the archive of CelebA's aligned faces, if need be downloaded (1.4 GB) from the first
+    source that works, or the folder of those that somebody has unpacked."""
+    archive = CELEBA_FOLDER / CELEBA_ZIP
+    if archive.exists():
+        return archive
+    if any(CELEBA_FOLDER.rglob("*.jpg")):
+        return CELEBA_FOLDER
     for url in CELEBA_URLS:
         try:
             with atomic_write(archive) as unfinished:
                 download_url(url, unfinished.parent, unfinished.name, CELEBA_MD5)
-            return
+            return archive
         # gdown, the network and the disk fail in many ways.
         except Exception as error:
             say(f"no CelebA from {url}: {error!r}")
@@ -339,10 +339,9 @@ def download_celeba(archive):
 def find_pictures(path):
     """Return the pictures in a folder or a .zip, sorted by name, and say how many there are; of
     the whole of CelebA only the training partition. UserError if there are none."""
-    archive = path / CELEBA_ZIP
-    files = list(list_files(archive if archive.exists() else path))
+    files = list(list_files(path))
     pictures = [file for file in files if is_picture(file.name)]
-    pictures.sort(key=attrgetter("name"))
+    pictures.sort(key=lambda picture: picture.name)
     others = len(files) - len(pictures)
     say(f"{path}: {len(pictures)} pictures, {others} other files ignored")
     if not pictures:
@@ -374,26 +373,25 @@ def write_cache(cache, pictures, image_size, crop):
     would lack it for good."""
     broken = []
 
-    def prepare(picture):
-        try:
-            return decode(picture.read(), image_size, crop).tobytes()
-        # A broken picture may raise anything.
-        except Exception as error:
-            # The system's errors have a number; Pillow's OSError for a broken file has none.
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise
-            broken.append(f"skipped {picture.name}: {error!r}")
-            return b""
-
-    def prepare_part(part):
-        return b"".join(map(prepare, part))
+    def prepare(part):
+        pixels = b""
+        for picture in part:
+            try:
+                pixels += decode(picture.read(), image_size, crop).tobytes()
+            # A broken picture may raise anything.
+            except Exception as error:
+                # The system's errors have a number; Pillow's OSError for a broken file has none.
+                if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                    raise
+                broken.append(f"skipped {picture.name}: {error!r}")
+        return pixels
 
     # In parts, because a task for each picture would take a tenth longer.
     parts = [pictures[first:first + 64] for first in range(0, len(pictures), 64)]
     # More than eight threads would fill the memory with large photos.
-    threads = ThreadPoolExecutor(min(8, os.cpu_count()))
+    threads = ThreadPoolExecutor(8)
     with threads, atomic_write(cache) as unfinished, open(unfinished, "wb") as file:
-        prepared = threads.map(prepare_part, parts)
+        prepared = threads.map(prepare, parts)
         file.writelines(tqdm(prepared, "preparing, in 64s", len(parts), disable=NO_BAR))
         for line in broken[:10]:
             say(line)
@@ -407,9 +405,8 @@ def load_images(path, image_size=64, crop=None):
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     path = Path(path)
-    archive = path / CELEBA_ZIP
-    if path == CELEBA_FOLDER and not archive.exists() and not any(path.rglob("*.jpg")):
-        download_celeba(archive)
+    if path == CELEBA_FOLDER:
+        path = get_celeba()
 
     pictures = find_pictures(path)
     stamps = [(picture.name, picture.stamp) for picture in pictures]
@@ -418,9 +415,8 @@ def load_images(path, image_size=64, crop=None):
     if not cache.exists():
         write_cache(cache, pictures, image_size, crop)
 
-    # A private mapping: for a shared one, the cache would have to be writable.
-    size = cache.stat().st_size
-    pixels = torch.from_file(str(cache), shared=False, size=size, dtype=torch.uint8)
+    # Mode "c" maps it privately: copied on write, and the cache need not be writable.
+    pixels = torch.from_numpy(numpy.memmap(cache, mode="c"))
     images = pixels.view(-1, image_size, image_size, 3)
     say(f"{len(images)} of these {len(pictures)} pictures can be read")
     return images.permute(0, 3, 1, 2)
@@ -849,17 +845,18 @@ def read_checkpoint(argv, args):
         raise UserError(f"{path} cannot be read, train first or check --out: {error!r}")
 
     args = parse_args(argv, settings)
-    may_change = ["data", "epochs", "device", "precision", "log_interval"]
-    if args.generate:
-        may_change.append("seed")
+    may_change = {"data", "epochs", "device", "precision", "log_interval"}
     for name in settings.keys() - may_change:
-        if getattr(args, name) != settings[name]:
+        if args.resume and getattr(args, name) != settings[name]:
             raise UserError(f"the run was started with --{name.replace('_', '-')} {settings[name]}")
     return args, saved
 
 def main(argv=None):
     """Train or generate. Errors the user can fix become one line on standard error."""
     args = parse_args(argv)
+    # A name may have characters that the console lacks.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args, saved = read_checkpoint(argv, args)
         data = Path(args.data).resolve()
