@@ -20,9 +20,9 @@ from torch import nn
 LATENT_DIM = 100
 
 def plan_maps(image_size, width):
-    """Return the channels of G's feature maps, smallest map first, and the side of that map, 4
-    to 7 pixels. Sides double up to half the image, channels halve from 8 x width at most to
-    width. ValueError if image_size is not 4 to 7 times 2, 4, 8, ..."""
+    """Return the channels of G's feature maps, from the smallest map to the largest, and the
+    side of the smallest: for 64 and 64, [512, 256, 128, 64] and 4. Channels halve where sides
+    double, from 8 x width at most. ValueError if image_size is not 4 to 7 times 2, 4, 8, ..."""
     channels = []
     side = image_size
     while side >= 8 and side % 2 == 0:
@@ -67,7 +67,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images in [-1, 1], N x image_channels x image_size x image_size -> float32 logits N x 1,
     positive for real. ValueError for images of another shape. D.layers[:-2] gives features.
-    Spectral norm and gradient penalties need `norm=nn.Identity`."""
+    With spectral norm or a gradient penalty, pass `norm=nn.Identity`."""
 
     def __init__(self, image_channels=3, width=64, image_size=64, slope=0.2, norm=nn.BatchNorm2d):
         super().__init__()
@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        # The convolutions would make several logits of a larger image.
+        # Without this, a larger image would silently give several logits.
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"D takes N x {self.image_shape}, not {tuple(images.shape)}")
         # Under autocast the layers compute in bfloat16; the losses need float32.
@@ -126,9 +126,9 @@ def train_step(
     """Update D, then G, on one batch of real images, N x channels x S x S in [-1, 1].
     G maps latents z ~ N(0, 1), N x latent_dim, to images. D maps images to logits N x 1; the
     sigmoid of a logit is D(x), the estimated probability that x is real. `fresh_noise` draws
-    new latents for (2). `flip_labels` is the share of labels that are swapped in (1).
-    Returns one detached tensor: loss_d, loss_g, mean D(x), mean D(G(z)). With other losses than
-    these two, D(x) and D(G(z)) mean little."""
+    new latents for G's half. `flip_labels` is the share of labels to swap in D's half.
+    Returns one detached tensor: loss_d, loss_g, mean D(x), mean D(G(z)). If you pass other
+    losses, D(x) and D(G(z)) mean little."""
     # (1) D learns to tell real from fake: maximise log D(x) + log(1 - D(G(z))).
     # Real and fake go through D separately, so that batch norm does not mix them.
     latents = torch.randn(len(real), latent_dim, device=real.device)
@@ -175,8 +175,8 @@ def adam(network, lr=4e-4, beta1=0.25):
 
 def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=0.999, **options):
     """Train on each of `batches`; after each step, yield its number and what train_step
-    returned. `done` steps have been taken already: left out in a second epoch, it would begin
-    the average's warm-up again. `options` are those of train_step."""
+    returned. `done` is the number of steps already taken: without it, a second call would
+    restart the average's warm-up. `options` are those of train_step."""
     for step, real in enumerate(batches, start=done + 1):
         losses = train_step(G, D, optimizer_g, optimizer_d, real, **options)
         update_average(average, G, decay, step)
@@ -215,7 +215,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 # What torchrun tells each process: its number, how many there are, its number on this machine.
-# Without torchrun, a job scheduler may have set them.
+# Ignored without torchrun, because a job scheduler may set the same names.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK = int(TORCHRUN.get("RANK", 0))
 RANKS = int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -290,7 +290,7 @@ class File(NamedTuple):
 
 def list_files(source):
     """Yield the files below a folder, links followed, or in a .zip. UserError if source is
-    neither, OSError for a subfolder that cannot be read and for a link that leads nowhere."""
+    neither, OSError for an unreadable subfolder or a broken link."""
     def fail(error):
         raise error
 
@@ -315,12 +315,13 @@ def list_files(source):
 def is_picture(name):
     """Whether Pillow opens files of this ending, and no part of the path is hidden."""
     kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    # A name that begins with a dot; ./ and ../ are no such names.
     hidden = re.search(r"(^|/)\.[^./]", name)
     return kind in Image.OPEN and not hidden
 
 def get_celeba():
-    """Return the archive of CelebA's aligned faces, if need be downloaded (1.4 GB) from the first
-    source that works, or the folder of those that somebody has unpacked."""
+    """Return the archive of CelebA's aligned faces, downloaded (1.4 GB) from the first source
+    that works if it is missing; or the folder, if they were unpacked there."""
     archive = CELEBA_FOLDER / CELEBA_ZIP
     if archive.exists():
         return archive
@@ -337,8 +338,8 @@ def get_celeba():
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
 def find_pictures(path):
-    """Return the pictures in a folder or a .zip, sorted by name, and say how many there are; of
-    the whole of CelebA only the training partition. UserError if there are none."""
+    """Return the pictures in a folder or a .zip, sorted by name, and print how many there are. Of
+    the complete CelebA, return only the training partition. UserError if there are none."""
     files = list(list_files(path))
     pictures = [file for file in files if is_picture(file.name)]
     pictures.sort(key=lambda picture: picture.name)
@@ -369,8 +370,8 @@ def decode(data, image_size=64, crop=None):
 
 def write_cache(cache, pictures, image_size, crop):
     """Write the pictures as RGB bytes, one after another, skipping broken ones. UserError if all
-    are broken. An error of the system is raised: if a picture were skipped for it, the cache
-    would lack it for good."""
+    are broken. A system error, such as too many open files, is raised: skipping a picture for it
+    would leave that picture out of the cache for good."""
     broken = []
 
     def prepare(part):
@@ -386,9 +387,9 @@ def write_cache(cache, pictures, image_size, crop):
                 broken.append(f"skipped {picture.name}: {error!r}")
         return pixels
 
-    # In parts, because a task for each picture would take a tenth longer.
+    # In parts, because one task per picture takes a tenth longer.
     parts = [pictures[first:first + 64] for first in range(0, len(pictures), 64)]
-    # More than eight threads would fill the memory with large photos.
+    # More than eight threads could fill the memory with large photos.
     threads = ThreadPoolExecutor(8)
     with threads, atomic_write(cache) as unfinished, open(unfinished, "wb") as file:
         prepared = threads.map(prepare, parts)
@@ -400,8 +401,8 @@ def write_cache(cache, pictures, image_size, crop):
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size. UserError
-    if no picture can be read. It is mapped from a cache in data/, so that it may be larger than
-    memory; writing into it leaves the cache alone. Delete that after a change to decode."""
+    if no picture can be read. It is mapped from a cache in data/, so it may be larger than
+    memory; writing to it leaves the cache alone. Delete the cache after changing `decode`."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     path = Path(path)
@@ -422,8 +423,8 @@ def load_images(path, image_size=64, crop=None):
     return images.permute(0, 3, 1, 2)
 
 def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0, ranks=1):
-    """uint8 images N x C x S x S -> the batches after the first `done`, float in [-1, 1], without
-    an incomplete last one. Each process (rank) gets its share of every batch. Seed and epoch
+    """uint8 images N x C x S x S -> the batches after the first `done`, floats in [-1, 1]; an
+    incomplete last batch is dropped. Each process (rank) gets its share of every batch. Seed and epoch
     decide the order. Seed, step and rank decide what torch draws in a step, so that a resumed
     run draws the same noise."""
     if images.dtype != torch.uint8:
@@ -455,8 +456,8 @@ def compare(fake, real):
     """uint8 images N x C x S x S, two or more of each -> Frechet distance (lower is better) and
     diversity (1 is healthy, near 0 is a collapse). The distance is FID's (Heusel et al. 2017,
     arXiv:1706.08500), but of random projections of the pixels. Diversity is the spread of fakes
-    over that of reals, a geometric mean over all directions: even when all faces are alike,
-    background and brightness vary, so that an arithmetic mean would miss a collapse."""
+    over that of reals, a geometric mean over 32 directions: an arithmetic one would miss a
+    collapse, because background and brightness vary even when all faces are alike."""
     # onto 128 fixed random unit vectors
     rng = torch.Generator("cpu").manual_seed(0)
     vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
@@ -471,9 +472,9 @@ def compare(fake, real):
     roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
     distance = gap @ gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
 
-    # A determinant multiplies 32 variances, so its 64th root is a mean standard deviation. More
-    # directions would show the fine detail that healthy runs lack, too. Adding the variance of
-    # rounding to bytes, step^2 / 12, keeps the determinant of equal pictures above zero.
+    # A determinant is a product of 32 variances, so its 64th root is a mean standard deviation.
+    # More directions would measure fine detail, too, which even healthy runs lack. The variance
+    # of rounding to bytes, step^2 / 12, keeps the determinant of equal pictures above zero.
     rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
     log_fake = (fake_cov[:32, :32] + rounding).logdet()
     log_real = (real_cov[:32, :32] + rounding).logdet()
@@ -482,7 +483,7 @@ def compare(fake, real):
 
 def plot_losses(losses, epochs, path):
     """Draw loss_d and loss_g (steps x 2) over epochs, each as 200 means. The axis fits all but
-    the first four, which are cut off at the top."""
+    the first four, which are clipped at the top."""
     means = F.adaptive_avg_pool1d(losses.T, 200)
     low = math.floor(means.min().clamp(max=0))
     high = math.floor(means[:, 4:].max()) + 1
@@ -503,8 +504,7 @@ def animate(folder, path):
     """Make a GIF of the grids in `folder`: at most 100, evenly spread, up to the last one."""
     grids = sorted(folder.glob("epoch_*.png"), key=lambda grid: int(grid.stem[6:]))
     every = 1 + len(grids) // 100
-    chosen = grids[::-every]
-    first, *others = map(Image.open, reversed(chosen))
+    first, *others = map(Image.open, grids[::-every][::-1])
     first.save(path, save_all=True, append_images=others, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun ---------------------------------------------
@@ -534,8 +534,7 @@ def find_device(name="auto", precision="auto"):
     return zero.device, precision
 
 def average_ranks(tensor):
-    """Average a tensor over all processes, in place, once all have arrived. UserError if one
-    has ended."""
+    """Average a tensor over all processes, in place; waits for all. UserError if one has ended."""
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
@@ -585,7 +584,7 @@ class Run:
         state = {}
         for name, value in vars(self).items():
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value
-        # By way of memory: on a full disk, torch.save raises no OSError.
+        # Via memory, because on a full disk torch.save raises no OSError.
         buffer = BytesIO()
         torch.save(state, buffer)
         with atomic_write(path) as unfinished:
@@ -607,8 +606,8 @@ class Run:
         tensors = self.losses, *self.G.parameters(), *self.D.parameters()
         if not nn.utils.get_total_norm(tensors).isfinite():
             raise UserError(
-                f"a loss or weight is not finite at step {self.step}, which is not saved; "
-                "try lower --lr-g and --lr-d in a new --out"
+                f"a loss or weight is not finite at step {self.step}, so it is not saved; "
+                "try lower --lr-g and --lr-d with a new --out"
             )
 
     def make_row(self, losses, **measures):
@@ -621,7 +620,7 @@ class Run:
 
     def remaining_steps(self, images, args, device, precision):
         """train_steps over what is left, under autocast; in torchrun with average gradients."""
-        # As a decorator, autocast holds for one call of the network, not for the whole step.
+        # As a decorator of forward, autocast covers the networks, not the losses.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         for network in self.G, self.D:
             network.forward = autocast(network.forward)
@@ -677,11 +676,11 @@ class Run:
         distances = [row["frechet"] for row in self.rows]
         d_fake = self.losses[-self.epoch_steps:, 3]
         troubles = []
-        # Early on, in healthy runs too, all fakes are alike and D spots each of them.
+        # Early in healthy runs, too, all fakes look alike and D spots every one.
         if latest["step"] > 500:
             if latest["diversity"] < 0.7:
                 troubles.append("the generator collapses: its pictures are too much alike")
-            # Later, D spots nearly every fake, but not in every step of an epoch.
+            # In a healthy run, D may spot nearly every fake, but not in every step of an epoch.
             if d_fake.max() < 0.01:
                 troubles.append("the discriminator has won: it spots every fake in every step")
         if min(distances[-5:]) > 1.1 * min(distances):
@@ -697,12 +696,13 @@ def load_pictures(run, args, device):
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
+    if LOCAL_RANK == 0:
+        images = load_images(args.data, args.image_size, args.crop)
     # Averaging anything serves as a barrier.
+    if RANKS > 1:
+        average_ranks(torch.zeros(1))
     if LOCAL_RANK > 0:
-        average_ranks(torch.zeros(1))
-    images = load_images(args.data, args.image_size, args.crop)
-    if RANKS > 1 and LOCAL_RANK == 0:
-        average_ranks(torch.zeros(1))
+        images = load_images(args.data, args.image_size, args.crop)
 
     if len(images) < max(2, args.batch_size):
         raise UserError(f"{len(images)} pictures do not fill --batch-size {args.batch_size}")
@@ -710,7 +710,7 @@ def load_pictures(run, args, device):
         raise UserError(f"{len(images)} pictures, but the run began with {run.image_count}")
     run.image_count = len(images)
     run.epoch_steps = len(images) // args.batch_size
-    # Where they fit, the GPU picks its batches itself.
+    # If they fit, keep the pictures on the GPU.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     return images
@@ -736,13 +736,12 @@ def train(run, args, device, precision):
     try:
         for step, losses in tqdm(steps, total=left, disable=NO_BAR):
             run.step = step
-            # The other ranks hold the same weights, but batch statistics of their own.
+            # Only rank 0 measures and saves: all ranks hold the same weights.
             if RANK > 0:
                 continue
             # Kept on the GPU, as fetching them would make the host wait at each step. The
             # growing copy is cheap: 400 KB after 20 epochs of CelebA.
-            before = run.losses.to(device)
-            run.losses = torch.cat([before, losses[None]])
+            run.losses = torch.cat([run.losses.to(device), losses[None]])
             epoch_ended = step % run.epoch_steps == 0
             if epoch_ended:
                 run.end_epoch(real, args.out, time.monotonic() - started)
@@ -752,6 +751,7 @@ def train(run, args, device, precision):
                 run.save(checkpoint)
                 saved_step = step
                 saved_at = time.monotonic()
+    # Not saved here, because it may have come in the middle of a step.
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"; --resume goes on after step {saved_step}") from None
 
@@ -836,7 +836,7 @@ def read_checkpoint(argv, args):
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     if not args.resume and not args.generate:
         if path.exists():
-            raise UserError(f"--out {args.out} holds a run: --resume it, or take another --out")
+            raise UserError(f"--out {args.out} holds a run: --resume it, delete it or choose another")
         return args, None
     try:
         saved = torch.load(path, "cpu", weights_only=True)
@@ -846,15 +846,17 @@ def read_checkpoint(argv, args):
 
     args = parse_args(argv, settings)
     may_change = {"data", "epochs", "device", "precision", "log_interval"}
+    if args.generate:
+        may_change.add("seed")
     for name in settings.keys() - may_change:
-        if args.resume and getattr(args, name) != settings[name]:
+        if getattr(args, name) != settings[name]:
             raise UserError(f"the run was started with --{name.replace('_', '-')} {settings[name]}")
     return args, saved
 
 def main(argv=None):
     """Train or generate. Errors the user can fix become one line on standard error."""
     args = parse_args(argv)
-    # A name may have characters that the console lacks.
+    # A file's name may contain characters that the console cannot show.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:

@@ -129,9 +129,8 @@ def test_step_takes_other_losses_and_swaps_only_the_labels_of_d(flip_labels, los
     D = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
     nn.init.zeros_(D[1].weight)
     nn.init.ones_(D[1].bias)
-    real = torch.zeros(8, 3, 2, 2)
     losses = step_of(
-        G, D, real,
+        G, D, torch.zeros(8, 3, 2, 2),
         flip_labels=flip_labels,
         loss_for_d=lambda real, fake: (real + 2 * fake).mean(),
         loss_for_g=lambda fake: fake.mean().sign(),
@@ -557,11 +556,12 @@ def test_a_log_that_is_open_in_excel_does_not_end_the_run(capsys):
     train("--epochs", 1)
     assert "log.csv stays as it is" in capsys.readouterr().out
 
-def test_a_run_is_not_resumed_as_another(finished):
-    resume = "--resume", "--out", finished
-    assert "started with --batch-size 8" in error_of(*resume, "--batch-size", 6)
+def test_a_run_is_not_continued_as_another(finished):
+    for start in "--resume", "--generate=1":
+        line = error_of(start, "--out", finished, "--slope-g", 0)
+        assert "started with --slope-g 0.2" in line
     write_zip("more.zip", {f"{i}.png": FACES[0] for i in range(41)})
-    line = error_of(*resume, "--data", "more.zip")
+    line = error_of("--resume", "--out", finished, "--data", "more.zip")
     assert "41 pictures, but the run began with 40" in line
 
 # ---- Places to run in -----------------------------------------------------------------------
