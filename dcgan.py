@@ -424,9 +424,9 @@ def load_images(path, image_size=64, crop=None):
 
 def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0, ranks=1):
     """uint8 images N x C x S x S -> the batches after the first `done`, floats in [-1, 1]; an
-    incomplete last batch is dropped. Each process (rank) gets its share of every batch. Seed and epoch
-    decide the order. Seed, step and rank decide what torch draws in a step, so that a resumed
-    run draws the same noise."""
+    incomplete last batch is dropped. Each process (rank) gets its share of every batch. Seed
+    and epoch decide the order. Seed, step and rank decide what torch draws in a step, so that a
+    resumed run draws the same noise."""
     if images.dtype != torch.uint8:
         raise ValueError(f"batches takes uint8 images, not {images.dtype}")
     epoch_steps = len(images) // batch_size
@@ -534,7 +534,8 @@ def find_device(name="auto", precision="auto"):
     return zero.device, precision
 
 def average_ranks(tensor):
-    """Average a tensor over all processes, in place; waits for all. UserError if one has ended."""
+    """Average a tensor over all processes, in place. It waits for all of them. UserError if one
+    has ended."""
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
@@ -836,7 +837,7 @@ def read_checkpoint(argv, args):
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     if not args.resume and not args.generate:
         if path.exists():
-            raise UserError(f"--out {args.out} holds a run: --resume it, delete it or choose another")
+            raise UserError(f"--out {args.out} holds a run: --resume it or choose another")
         return args, None
     try:
         saved = torch.load(path, "cpu", weights_only=True)
