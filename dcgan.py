@@ -837,7 +837,7 @@ def read_checkpoint(argv, args):
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     if not args.resume and not args.generate:
         if path.exists():
-            raise UserError(f"--out {args.out} holds a run: --resume it or choose another")
+            raise UserError(f"{args.out} holds a run: --resume it, delete it or use another --out")
         return args, None
     try:
         saved = torch.load(path, "cpu", weights_only=True)
