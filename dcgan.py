@@ -389,8 +389,8 @@ def write_cache(cache, pictures, image_size, crop):
 
     # In parts, because one task per picture takes a tenth longer.
     parts = [pictures[first:first + 64] for first in range(0, len(pictures), 64)]
-    # More than eight threads could fill the memory with large photos.
-    threads = ThreadPoolExecutor(8)
+    # More threads than cores are slower; more than eight could fill the memory with large photos.
+    threads = ThreadPoolExecutor(min(8, os.cpu_count()))
     with threads, atomic_write(cache) as unfinished, open(unfinished, "wb") as file:
         prepared = threads.map(prepare, parts)
         file.writelines(tqdm(prepared, "preparing, in 64s", len(parts), disable=NO_BAR))
