@@ -799,9 +799,7 @@ def fraction(text):
 
 def parse_args(argv, settings=None):
     """Return the command line as a namespace; a checkpoint's `settings` replace the defaults."""
-    parser = argparse.ArgumentParser(
-        prog="dcgan.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def flag(name, kind, default, text, choices=None):
         parser.add_argument(name, type=kind, default=default, help=text, choices=choices)
@@ -862,8 +860,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args, saved = read_checkpoint(argv, args)
-        data = Path(args.data).resolve()
-        if args.data != "toy" and args.out.resolve().is_relative_to(data):
+        if args.out.resolve().is_relative_to(Path(args.data).resolve()):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
         device, precision = find_device(args.device, args.precision)
         run = Run(args, device)
