@@ -754,7 +754,7 @@ def train(run, args, device, precision):
                 saved_at = time.monotonic()
     # Not saved here, because it may have come in the middle of a step.
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"; --resume goes on after step {saved_step}") from None
+        raise KeyboardInterrupt(f"(--resume goes on after step {saved_step})") from None
 
     if RANK == 0:
         animate(args.out / "samples", args.out / "samples.gif")
@@ -872,7 +872,7 @@ def main(argv=None):
             generate(run, args.generate, args.out, args.seed)
     except KeyboardInterrupt as interrupt:
         if RANK == 0:
-            print(f"dcgan.py: interrupted{interrupt}", file=sys.stderr)
+            print("dcgan.py: interrupted", *interrupt.args, file=sys.stderr)
         raise SystemExit(130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error) or repr(error)

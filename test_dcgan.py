@@ -519,7 +519,7 @@ def test_interrupt_and_resume_as_if_nothing_had_been(
         patch.setattr(dcgan, "SAVE_SECONDS", save_seconds)
         patch.setattr(dcgan, "train_step", end_in_step(number, interrupt))
         train("--epochs", 3)
-    line = f"dcgan.py: interrupted; --resume goes on after step {saved}\n"
+    line = f"dcgan.py: interrupted (--resume goes on after step {saved})\n"
     assert line in capsys.readouterr().err
     assert "holds a run" in error_of(*SMALL)
     run("--resume")
