@@ -605,7 +605,7 @@ def two_processes(tmp_path_factory):
     command = [sys.executable, *torchrun, __file__]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as program:
         yield program, folder
-        program.kill()
+        program.terminate()
 
 # ---- The command line -----------------------------------------------------------------------
 @pytest.mark.parametrize("flag", [
