@@ -269,7 +269,7 @@ def toy_faces(count=4096, image_size=64):
         corner = rng.uniform(0, image_size - size)
         image = Image.new("RGB", (image_size, image_size), background)
         draw = ImageDraw.Draw(image)
-        # left, top, right and bottom as shares of the head: hair, skin, lips and two eyes
+        # Hair, skin, lips and two eyes: left, top, right and bottom as shares of the head.
         for color, *edges in (
             (hair, 0.15, 0.05, 0.85, 0.85),
             (f"hsl(25, 50%, {lightness}%)", 0.22, 0.15, 0.78, 0.95),
@@ -458,7 +458,7 @@ def compare(fake, real):
     arXiv:1706.08500), but of random projections of the pixels. Diversity is the spread of fakes
     over that of reals, a geometric mean over 32 directions: an arithmetic one would miss a
     collapse, because background and brightness vary even when all faces are alike."""
-    # onto 128 fixed random unit vectors
+    # Project onto 128 fixed random unit vectors.
     rng = torch.Generator("cpu").manual_seed(0)
     vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
     vectors = F.normalize(vectors, dim=0)
@@ -467,7 +467,8 @@ def compare(fake, real):
     fake_cov = fake.T.cov()
     real_cov = real.T.cov()
 
-    # |m - n|^2 + trace(A + B - 2 sqrt(A B)); the last trace: the sum of the eigenvalues' roots
+    # |m - n|^2 + trace(A + B - 2 sqrt(A B)), where the trace of a root is the sum of the roots
+    # of the eigenvalues.
     gap = fake.mean(0) - real.mean(0)
     roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
     distance = gap @ gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
@@ -568,16 +569,22 @@ class Run:
             self.optimizer_d = adam(self.D, args.lr_d, args.beta1)
 
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        # known when the pictures are loaded
-        self.image_count = self.epoch_steps = 0
-        # how many steps are done, and what train_step returned for each
+        # Zero until the pictures are loaded.
+        self.image_count = 0
+        # How many steps are done, and what train_step returned for each.
         self.step = 0
         self.losses = torch.empty(0, 4)
-        # the rows of log.csv, one an epoch
+        # The rows of log.csv, one an epoch.
         self.rows = []
+        # Each call has its own folder and its own task.
         self.settings = vars(args).copy()
         for name in "out", "resume", "generate":
             del self.settings[name]
+
+    @property
+    def epoch_steps(self):
+        """How many whole batches the pictures fill."""
+        return self.image_count // self.settings["batch_size"]
 
     def save(self, path):
         """Write all attributes; UserError if a weight or a loss is infinite or NaN."""
@@ -710,7 +717,6 @@ def load_pictures(run, args, device):
     if run.image_count not in (0, len(images)):
         raise UserError(f"{len(images)} pictures, but the run began with {run.image_count}")
     run.image_count = len(images)
-    run.epoch_steps = len(images) // args.batch_size
     # If they fit, keep the pictures on the GPU.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -720,7 +726,7 @@ def train(run, args, device, precision):
     """Train a new or loaded run up to args.epochs, into args.out; in torchrun, as one rank."""
     images = load_pictures(run, args, device)
     checkpoint = args.out / "checkpoint.pt"
-    # the reference of compare: 1,024 at most
+    # At most 1,024 of them are the reference of compare.
     real = images[::len(images) // 1024 + 1].cpu()
     if RANK == 0:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
@@ -731,7 +737,8 @@ def train(run, args, device, precision):
 
     # All batches have one shape, so let cuDNN try out its kernels and keep the fastest.
     torch.backends.cudnn.benchmark = True
-    started = saved_at = time.monotonic()
+    started = time.monotonic()
+    saved_at = started
     saved_step = run.step
     steps = run.remaining_steps(images, args, device, precision)
     try:
@@ -769,7 +776,7 @@ def generate(run, count, out, seed):
     torch.manual_seed(seed)
     images = sample(run.average, torch.randn(count, LATENT_DIM))
     save_image(images[:64] / 255, out / "generated.png")
-    # eight walks of eight steps: 8 x 8 x LATENT_DIM
+    # Eight walks of eight steps: 8 x 8 x LATENT_DIM latents.
     begin, end = torch.randn(2, 8, 1, LATENT_DIM)
     position = torch.linspace(0, 1, 8)[:, None]
     walk = begin.lerp(end, position).flatten(0, 1)
