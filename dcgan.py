@@ -20,21 +20,19 @@ from torch import nn
 LATENT_DIM = 100
 
 def plan_maps(image_size, width):
-    """Return the channels of G's feature maps, from the smallest map to the largest, and the
-    side of the smallest: for 64 and 64, [512, 256, 128, 64] and 4. Channels halve where sides
-    double, from 8 x width at most. ValueError if image_size is not 4 to 7 times 2, 4, 8, ..."""
+    """Return the channels of G's feature maps, smallest map first, and the side of that map:
+    for 64 and 64, [512, 256, 128, 64] and 4. ValueError for an image_size that does not fit."""
     channels = []
     side = image_size
     while side >= 8 and side % 2 == 0:
-        channels.insert(0, width * min(8, 2 ** len(channels)))
+        channels.insert(0, width * min(8, image_size // side))
         side //= 2
     if not channels or side >= 8:
         raise ValueError(f"image_size {image_size} is not 4 to 7 times 2, 4, 8, ...")
     return channels, side
 
 def init_weights(module):
-    """Weights ~ N(0, 0.02), batch norm scales ~ N(1, 0.02); 0.02 is the standard deviation
-    (Radford et al. 2016, section 4, and their code)."""
+    """Weights ~ N(0, 0.02^2), batch norm scales ~ N(1, 0.02^2) (Radford et al. and code)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -43,7 +41,7 @@ def init_weights(module):
 class Generator(nn.Module):
     """Latents N x latent_dim (or N x latent_dim x 1 x 1) -> images in [-1, 1], N x image_channels
     x image_size x image_size. `slope` is LeakyReLU's: 0.01 in the lecture; 0 gives the paper's
-    ReLU. `layers` can be sliced: G.layers[:-2] ends before the last convolution."""
+    ReLU."""
 
     def __init__(self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2):
         super().__init__()
@@ -112,8 +110,7 @@ def generator_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def swap_labels(logits, share):
-    """Negate each logit with probability `share`. For a loss symmetric in real and fake, that
-    equals swapping the label (ganhacks, trick 6)."""
+    """Negate a random share: for a symmetric loss, this swaps labels (ganhacks, trick 6)."""
     if share == 0:
         return logits
     swapped = torch.rand_like(logits) < share
@@ -174,9 +171,8 @@ def adam(network, lr=4e-4, beta1=0.25):
     return torch.optim.Adam(network.parameters(), lr, (beta1, 0.999), fused=True)
 
 def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=0.999, **options):
-    """Train on each of `batches`; after each step, yield its number and what train_step
-    returned. `done` is the number of steps already taken: without it, a second call would
-    restart the average's warm-up. `options` are those of train_step."""
+    """Train on each batch; after each step, yield its number and what train_step returned.
+    `done` counts earlier steps: without it, a second call restarts the average's warm-up."""
     for step, real in enumerate(batches, start=done + 1):
         losses = train_step(G, D, optimizer_g, optimizer_d, real, **options)
         update_average(average, G, decay, step)
@@ -188,7 +184,6 @@ def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=
 import argparse
 import csv
 import hashlib
-import math
 import os
 import random
 import re
@@ -282,8 +277,7 @@ def toy_faces(count=4096, image_size=64):
     return torch.stack(faces)
 
 class File(NamedTuple):
-    """A file in a folder or in a .zip: its path in there, with forward slashes; a stamp that
-    changes with the content; and a function that returns the bytes."""
+    """Its path in the folder or .zip, a stamp that changes with the content, and its reader."""
     name: str
     stamp: tuple
     read: Callable
@@ -308,16 +302,15 @@ def list_files(source):
     except (OSError, BadZipFile) as error:
         raise UserError(f"{source} is neither a folder nor a readable .zip ({error}); {DATA_HELP}")
     for info in archive.infolist():
-        if not info.is_dir():
-            stamp = info.file_size, info.CRC
-            yield File(info.filename, stamp, partial(archive.read, info))
+        stamp = info.file_size, info.CRC
+        yield File(info.filename, stamp, partial(archive.read, info))
 
 def is_picture(name):
-    """Whether Pillow opens files of this ending, and no part of the path is hidden."""
-    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    """Whether Pillow knows this ending, and no part of the path is hidden."""
+    known = Path(name).suffix.lower() in Image.registered_extensions()
     # A name that begins with a dot; ./ and ../ are no such names.
     hidden = re.search(r"(^|/)\.[^./]", name)
-    return kind in Image.OPEN and not hidden
+    return known and not hidden
 
 def get_celeba():
     """Return the archive of CelebA's aligned faces, downloaded (1.4 GB) from the first source
@@ -337,26 +330,12 @@ def get_celeba():
             say(f"no CelebA from {url}: {error!r}")
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
-def find_pictures(path):
-    """Return the pictures in a folder or a .zip, sorted by name, and print how many there are. Of
-    the complete CelebA, return only the training partition. UserError if there are none."""
-    files = list(list_files(path))
-    pictures = [file for file in files if is_picture(file.name)]
-    pictures.sort(key=lambda picture: picture.name)
-    others = len(files) - len(pictures)
-    say(f"{path}: {len(pictures)} pictures, {others} other files ignored")
-    if not pictures:
-        raise UserError(f"no pictures in {path}; {DATA_HELP}")
-    if len(pictures) == CELEBA_COUNT:
-        return pictures[:CELEBA_TRAINING_COUNT]
-    return pictures
-
 def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> its centred square of `crop` pixels (by default 160 of
     CelebA's size, as in the lecture, else the largest), resized: RGB (PIL). ValueError for more
-    than 8 bits a channel, which Pillow would clip."""
+    than 8 bits a channel."""
     picture = Image.open(BytesIO(data))
-    # Pillow's modes of over 8 bits are I and I;16 (integers) and F (floats).
+    # Pillow would clip its modes of more than 8 bits: I and I;16 (integers) and F (floats).
     if picture.mode[0] in "IF":
         raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
     # With malformed EXIF data, the picture keeps its stored orientation.
@@ -369,9 +348,8 @@ def decode(data, image_size=64, crop=None):
     return TF.resize(square.convert("RGB"), image_size)
 
 def write_cache(cache, pictures, image_size, crop):
-    """Write the pictures as RGB bytes, one after another, skipping broken ones. UserError if all
-    are broken. A system error, such as too many open files, is raised: skipping a picture for it
-    would leave that picture out of the cache for good."""
+    """Write the pictures as RGB bytes, one after another, without the broken ones. UserError if
+    all are broken."""
     broken = []
 
     def prepare(part):
@@ -381,7 +359,8 @@ def write_cache(cache, pictures, image_size, crop):
                 pixels += decode(picture.read(), image_size, crop).tobytes()
             # A broken picture may raise anything.
             except Exception as error:
-                # The system's errors have a number; Pillow's OSError for a broken file has none.
+                # A system error, such as too many open files, must not leave a picture out of
+                # the cache for good. It has a number; Pillow's for a broken file has none.
                 if isinstance(error, MemoryError) or getattr(error, "errno", None):
                     raise
                 broken.append(f"skipped {picture.name}: {error!r}")
@@ -409,7 +388,14 @@ def load_images(path, image_size=64, crop=None):
     if path == CELEBA_FOLDER:
         path = get_celeba()
 
-    pictures = find_pictures(path)
+    pictures = [file for file in list_files(path) if is_picture(file.name)]
+    pictures.sort(key=lambda picture: picture.name)
+    if not pictures:
+        raise UserError(f"no pictures in {path}; {DATA_HELP}")
+    # Of the complete CelebA, keep the training partition.
+    if len(pictures) == CELEBA_COUNT:
+        del pictures[CELEBA_TRAINING_COUNT:]
+
     stamps = [(picture.name, picture.stamp) for picture in pictures]
     key = ascii([image_size, crop, stamps]).encode()
     cache = Path("data", f"{hashlib.md5(key).hexdigest()}.dcgan")
@@ -419,7 +405,7 @@ def load_images(path, image_size=64, crop=None):
     # Mode "c" maps it privately: copied on write, and the cache need not be writable.
     pixels = torch.from_numpy(numpy.memmap(cache, mode="c"))
     images = pixels.view(-1, image_size, image_size, 3)
-    say(f"{len(images)} of these {len(pictures)} pictures can be read")
+    say(f"{path}: {len(images)} of {len(pictures)} pictures can be read")
     return images.permute(0, 3, 1, 2)
 
 def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0, ranks=1):
@@ -462,43 +448,41 @@ def compare(fake, real):
     rng = torch.Generator("cpu").manual_seed(0)
     vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
     vectors = F.normalize(vectors, dim=0)
-    fake = (fake.flatten(1) / 127.5 @ vectors).double()
-    real = (real.flatten(1) / 127.5 @ vectors).double()
-    fake_cov = fake.T.cov()
-    real_cov = real.T.cov()
+    # The variance of rounding to bytes, step^2 / 12, keeps the determinant above zero when all
+    # pictures are equal.
+    rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
 
+    def moments(images):
+        points = (images.flatten(1) / 127.5 @ vectors).double()
+        cov = points.T.cov()
+        # A determinant is a product of 32 variances: its 64th root is a mean standard deviation.
+        # More directions would measure fine detail, too, which even healthy runs lack.
+        log_spread = (cov[:32, :32] + rounding).logdet() / 64
+        return points.mean(0), cov, log_spread
+
+    fake_mean, fake_cov, fake_spread = moments(fake)
+    real_mean, real_cov, real_spread = moments(real)
     # |m - n|^2 + trace(A + B - 2 sqrt(A B)), where the trace of a root is the sum of the roots
     # of the eigenvalues.
-    gap = fake.mean(0) - real.mean(0)
+    gap = fake_mean - real_mean
     roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
     distance = gap @ gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
-
-    # A determinant is a product of 32 variances, so its 64th root is a mean standard deviation.
-    # More directions would measure fine detail, too, which even healthy runs lack. The variance
-    # of rounding to bytes, step^2 / 12, keeps the determinant of equal pictures above zero.
-    rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
-    log_fake = (fake_cov[:32, :32] + rounding).logdet()
-    log_real = (real_cov[:32, :32] + rounding).logdet()
-    diversity = ((log_fake - log_real) / 64).exp()
+    diversity = (fake_spread - real_spread).exp()
     return distance.item(), diversity.item()
 
 def plot_losses(losses, epochs, path):
-    """Draw loss_d and loss_g (steps x 2) over epochs, each as 200 means. The axis fits all but
-    the first four, which are clipped at the top."""
-    means = F.adaptive_avg_pool1d(losses.T, 200)
-    low = math.floor(means.min().clamp(max=0))
-    high = math.floor(means[:, 4:].max()) + 1
+    """Plot loss_d and loss_g (steps x 2) as 280 means each. The axis fits all but the first 5."""
+    means = F.adaptive_avg_pool1d(losses.T, 280)
+    low = means.min().clamp(max=0)
+    high = means[:, 5:].max()
     y = 320 - 280 * (means.clamp(max=high) - low) / (high - low)
     image = Image.new("RGB", (640, 360), "white")
     draw = ImageDraw.Draw(image)
     draw.rectangle((50, 40, 610, 320), outline="grey")
-    draw.text((50, 15), "discriminator: blue, generator: orange", "black")
-    draw.text((10, 35), f"{high}\nloss", "black")
-    draw.text((10, 315), f"{low}", "black")
-    draw.text((560, 330), f"epoch {epochs}", "black")
-    x = torch.linspace(50, 610, 200).tolist()
+    title = f"loss {low:.3g} to {high:.3g}, {epochs} epochs; discriminator: blue, generator: orange"
+    draw.text((50, 15), title, "black")
     for curve, color in zip(y.tolist(), ["#1f5fa8", "#d2691e"]):
-        draw.line(list(zip(x, curve)), color, width=2)
+        draw.line(list(zip(range(50, 610, 2), curve)), color, width=2)
     image.save(path)
 
 def animate(folder, path):
@@ -509,10 +493,9 @@ def animate(folder, path):
     first.save(path, save_all=True, append_images=others, duration=500, loop=0)
 
 # ---- Devices, and several processes in torchrun ---------------------------------------------
-def find_device(name="auto", precision="auto"):
-    """Return the device, and "bf16" or "fp32". "auto" is a GPU or other accelerator if torch
-    finds one, and bf16 where it is native. In torchrun, "cuda" is each process's own GPU.
-    UserError if the device cannot be used."""
+def find_device(name, precision):
+    """Return the device, and "bf16" or "fp32". "auto" is an accelerator if torch finds one, and
+    bf16 where it is native. "cuda" is each process's own GPU. UserError if it cannot be used."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
@@ -535,8 +518,7 @@ def find_device(name="auto", precision="auto"):
     return zero.device, precision
 
 def average_ranks(tensor):
-    """Average a tensor over all processes, in place. It waits for all of them. UserError if one
-    has ended."""
+    """Wait for all processes and average a tensor in place. UserError if one has ended."""
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:
@@ -569,8 +551,8 @@ class Run:
             self.optimizer_d = adam(self.D, args.lr_d, args.beta1)
 
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        # Zero until the pictures are loaded.
-        self.image_count = 0
+        # How many whole batches the pictures fill; 0 until they are loaded.
+        self.epoch_steps = 0
         # How many steps are done, and what train_step returned for each.
         self.step = 0
         self.losses = torch.empty(0, 4)
@@ -580,11 +562,6 @@ class Run:
         self.settings = vars(args).copy()
         for name in "out", "resume", "generate":
             del self.settings[name]
-
-    @property
-    def epoch_steps(self):
-        """How many whole batches the pictures fill."""
-        return self.image_count // self.settings["batch_size"]
 
     def save(self, path):
         """Write all attributes; UserError if a weight or a loss is infinite or NaN."""
@@ -606,7 +583,7 @@ class Run:
                     value.load_state_dict(state[name])
                 elif name != "settings":
                     setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:
             raise UserError(f"the checkpoint is of another version of dcgan.py: {error!r}")
 
     def check_finite(self):
@@ -623,8 +600,7 @@ class Run:
         names = "loss_d", "loss_g", "D(x)", "D(G(z))"
         measures = dict(zip(names, losses.tolist(), strict=True)) | measures
         rounded = {name: float(f"{number:.4g}") for name, number in measures.items()}
-        epoch = math.ceil(self.step / self.epoch_steps)
-        return {"epoch": epoch, "step": self.step} | rounded
+        return {"epoch": len(self.rows) + 1, "step": self.step} | rounded
 
     def remaining_steps(self, images, args, device, precision):
         """train_steps over what is left, under autocast; in torchrun with average gradients."""
@@ -697,26 +673,26 @@ class Run:
         return troubles
 
 def load_pictures(run, args, device):
-    """Load the pictures and tell the run how many there are. In torchrun, one process of each
-    machine prepares them while the others wait."""
+    """Load the pictures and tell the run how many batches they fill. In torchrun, one process
+    of each machine prepares them while the others wait."""
     if args.batch_size % RANKS:
         raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    if LOCAL_RANK == 0:
-        images = load_images(args.data, args.image_size, args.crop)
-    # Averaging anything serves as a barrier.
-    if RANKS > 1:
-        average_ranks(torch.zeros(1))
+    # Averaging anything serves as a barrier, which the first process reaches with a full cache.
     if LOCAL_RANK > 0:
-        images = load_images(args.data, args.image_size, args.crop)
+        average_ranks(torch.zeros(1))
+    images = load_images(args.data, args.image_size, args.crop)
+    if RANKS > 1 and LOCAL_RANK == 0:
+        average_ranks(torch.zeros(1))
 
-    if len(images) < max(2, args.batch_size):
+    epoch_steps = len(images) // args.batch_size
+    if epoch_steps == 0:
         raise UserError(f"{len(images)} pictures do not fill --batch-size {args.batch_size}")
-    if run.image_count not in (0, len(images)):
-        raise UserError(f"{len(images)} pictures, but the run began with {run.image_count}")
-    run.image_count = len(images)
+    if run.epoch_steps not in (0, epoch_steps):
+        raise UserError(f"--data has {epoch_steps} batches, but the run had {run.epoch_steps}")
+    run.epoch_steps = epoch_steps
     # If they fit, keep the pictures on the GPU.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
@@ -804,7 +780,7 @@ def fraction(text):
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return float(text)
 
-def parse_args(argv, settings=None):
+def parse_args(argv, **settings):
     """Return the command line as a namespace; a checkpoint's `settings` replace the defaults."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
@@ -833,8 +809,8 @@ def parse_args(argv, settings=None):
     flag("--log-interval", natural, 100, "steps between printed lines")
     parser.add_argument("--fresh-noise", action="store_true", help="new noise for G's half")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    # Values already in the namespace override the defaults.
-    return parser.parse_args(argv, argparse.Namespace(**settings or {}))
+    parser.set_defaults(**settings)
+    return parser.parse_args(argv)
 
 def read_checkpoint(argv, args):
     """For --resume and --generate, return the command line, parsed again with a checkpoint's
@@ -850,10 +826,8 @@ def read_checkpoint(argv, args):
     except Exception as error:
         raise UserError(f"{path} cannot be read, train first or check --out: {error!r}")
 
-    args = parse_args(argv, settings)
-    may_change = {"data", "epochs", "device", "precision", "log_interval"}
-    if args.generate:
-        may_change.add("seed")
+    args = parse_args(argv, **settings)
+    may_change = {"data", "epochs", "seed", "device", "precision", "log_interval"}
     for name in settings.keys() - may_change:
         if getattr(args, name) != settings[name]:
             raise UserError(f"the run was started with --{name.replace('_', '-')} {settings[name]}")
@@ -863,7 +837,7 @@ def main(argv=None):
     """Train or generate. Errors the user can fix become one line on standard error."""
     args = parse_args(argv)
     # A file's name may contain characters that the console cannot show.
-    if hasattr(sys.stdout, "reconfigure"):
+    with suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args, saved = read_checkpoint(argv, args)

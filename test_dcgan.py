@@ -262,8 +262,8 @@ def test_more_than_8_bits_are_refused(mode):
         dcgan.decode(data)
 
 def test_pictures_are_told_by_their_names():
-    pictures = "a.jpg ./a/b.PNG ../a.gif a.jfif"
-    others = "a.txt jpg a.pdf a.dcgan .a.jpg a/._b.jpg ./.hidden/a.jpg"
+    pictures = "a.jpg ./a/b.PNG ../a.gif a.jfif a.mpo"
+    others = "a.txt jpg a.dcgan .a.jpg a/._b.jpg ./.hidden/a.jpg"
     assert all(map(dcgan.is_picture, pictures.split()))
     assert not any(map(dcgan.is_picture, others.split()))
 
@@ -273,8 +273,7 @@ def test_broken_pictures_are_skipped_and_ten_of_them_named(capsys):
     for named in 10, 0:  # the second start finds the cache
         assert len(dcgan.load_images("odd.zip", 32)) == 1
         printed = capsys.readouterr().out
-        assert "13 pictures, 1 other files ignored" in printed
-        assert "1 of these 13 pictures can be read" in printed
+        assert "odd.zip: 1 of 13 pictures can be read" in printed
         assert printed.count("skipped cut") == named
 
 @pytest.mark.parametrize("error", [OSError(24, "too many files"), MemoryError("full")])
@@ -358,11 +357,12 @@ def test_pictures_do_not_depend_on_the_default_device():
 
 # ---- Pictures out ---------------------------------------------------------------------------
 def test_frechet_distance_is_the_known_one():
-    """From N(0, s) to N(0, s / 2) in 128 dimensions: 128 (s / 2)^2. Uniform noise has s^2 = 1/3."""
+    """From N(m, s) to N(m - 1/2, s / 2) in 128 dimensions: 128 (1/4 + s^2 / 4). Uniform noise has
+    s^2 = 1/3."""
     torch.manual_seed(0)
     uniform = torch.randint(0, 256, (2048, 3, 16, 16)).byte()
-    distance, diversity = dcgan.compare(uniform // 2 + 64, uniform)
-    assert distance == pytest.approx(128 / 3 / 4, rel=0.1)
+    distance, diversity = dcgan.compare(uniform // 2, uniform)
+    assert distance == pytest.approx(128 * (1 / 4 + 1 / 12), rel=0.05)
     assert diversity == pytest.approx(0.5, rel=0.05)
 
 def faces(distinct):
@@ -560,9 +560,9 @@ def test_a_run_is_not_continued_as_another(finished):
     for start in "--resume", "--generate=1":
         line = error_of(start, "--out", finished, "--slope-g", 0)
         assert "started with --slope-g 0.2" in line
-    write_zip("more.zip", {f"{i}.png": FACES[0] for i in range(41)})
+    write_zip("more.zip", {f"{i}.png": FACES[0] for i in range(48)})
     line = error_of("--resume", "--out", finished, "--data", "more.zip")
-    assert "41 pictures, but the run began with 40" in line
+    assert "--data has 6 batches, but the run had 5" in line
 
 # ---- Places to run in -----------------------------------------------------------------------
 @pytest.mark.parametrize("console", [
