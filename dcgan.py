@@ -9,7 +9,6 @@
 Exit status: 0 on success, 1 for an error you can fix, 2 for a wrong flag, 130 after Ctrl-C.
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
 """
-import copy
 from itertools import pairwise
 
 import torch
@@ -21,7 +20,7 @@ LATENT_DIM = 100
 
 def plan_maps(image_size, width):
     """Return the channels of G's feature maps, smallest map first, and the side of that map:
-    for 64 and 64, [512, 256, 128, 64] and 4. ValueError for an image_size that does not fit."""
+    for 64 and 64, [512, 256, 128, 64] and 4. ValueError if image_size does not fit."""
     channels = []
     side = image_size
     while side >= 8 and side % 2 == 0:
@@ -32,7 +31,7 @@ def plan_maps(image_size, width):
     return channels, side
 
 def init_weights(module):
-    """Weights ~ N(0, 0.02^2), batch norm scales ~ N(1, 0.02^2) (Radford et al. and code)."""
+    """Weights ~ N(0, 0.02^2), batch norm scales ~ N(1, 0.02^2) (code of Radford et al.)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -110,7 +109,7 @@ def generator_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def swap_labels(logits, share):
-    """Negate a random share: for a symmetric loss, this swaps labels (ganhacks, trick 6)."""
+    """Negate a share of logits: for a symmetric loss, this swaps labels (ganhacks, trick 6)."""
     if share == 0:
         return logits
     swapped = torch.rand_like(logits) < share
@@ -141,7 +140,8 @@ def train_step(
     optimizer_d.step()
 
     # (2) G learns to fool the updated D: maximise log D(G(z)).
-    # log(1 - D(G(z))) has the same goal, but its gradient vanishes while D spots every fake.
+    # Minimising log(1 - D(G(z))) has the same goal, but its gradient vanishes while D spots
+    # every fake.
     if fresh_noise:
         fake = G(torch.randn_like(latents))
     loss_g = loss_for_g(D(fake))  # again, because D was just updated
@@ -182,6 +182,7 @@ def train_steps(G, D, average, optimizer_g, optimizer_d, batches, done=0, decay=
 # Below: data, monitoring and checkpoints, with imports of their own.
 # ruff: noqa: E402
 import argparse
+import copy
 import csv
 import hashlib
 import os
@@ -277,7 +278,7 @@ def toy_faces(count=4096, image_size=64):
     return torch.stack(faces)
 
 class File(NamedTuple):
-    """Its path in the folder or .zip, a stamp that changes with the content, and its reader."""
+    """A file's path in the folder or .zip, a stamp of its content, and what returns its bytes."""
     name: str
     stamp: tuple
     read: Callable
@@ -331,11 +332,11 @@ def get_celeba():
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
 def decode(data, image_size=64, crop=None):
-    """An encoded picture (bytes) -> its centred square of `crop` pixels (by default 160 of
-    CelebA's size, as in the lecture, else the largest), resized: RGB (PIL). ValueError for more
-    than 8 bits a channel."""
+    """An encoded picture (bytes) -> its centred square, resized: RGB (PIL). `crop` is the side
+    of the square: by default 160 for pictures of CelebA's 178 x 218 pixels, as in the lecture,
+    and the largest for others. ValueError for Pillow's modes of more than 8 bits a channel."""
     picture = Image.open(BytesIO(data))
-    # Pillow would clip its modes of more than 8 bits: I and I;16 (integers) and F (floats).
+    # It would clip these: I and I;16 (integers) and F (floats).
     if picture.mode[0] in "IF":
         raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
     # With malformed EXIF data, the picture keeps its stored orientation.
@@ -360,7 +361,7 @@ def write_cache(cache, pictures, image_size, crop):
             # A broken picture may raise anything.
             except Exception as error:
                 # A system error, such as too many open files, must not leave a picture out of
-                # the cache for good. It has a number; Pillow's for a broken file has none.
+                # the cache for good. It has an errno; Pillow's OSError for a broken file has not.
                 if isinstance(error, MemoryError) or getattr(error, "errno", None):
                     raise
                 broken.append(f"skipped {picture.name}: {error!r}")
@@ -424,6 +425,7 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu", rank=0,
         first = index * batch_size
         chosen = order[first + rank:first + batch_size:ranks]
         batch = images[chosen].to(device) / 127.5 - 1
+        # The step that takes this batch draws its noise from torch's global generator.
         torch.manual_seed(crc32(f"noise {seed} {step + 1} {rank}".encode()))
         yield batch.contiguous(memory_format=torch.channels_last)
 
@@ -444,7 +446,7 @@ def compare(fake, real):
     arXiv:1706.08500), but of random projections of the pixels. Diversity is the spread of fakes
     over that of reals, a geometric mean over 32 directions: an arithmetic one would miss a
     collapse, because background and brightness vary even when all faces are alike."""
-    # Project onto 128 fixed random unit vectors.
+    # Project onto 128 fixed random unit vectors, on the CPU even if torch has another default.
     rng = torch.Generator("cpu").manual_seed(0)
     vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
     vectors = F.normalize(vectors, dim=0)
@@ -453,25 +455,26 @@ def compare(fake, real):
     rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
 
     def moments(images):
-        points = (images.flatten(1) / 127.5 @ vectors).double()
+        points = ((images.flatten(1) / 127.5) @ vectors).double()
         cov = points.T.cov()
         # A determinant is a product of 32 variances: its 64th root is a mean standard deviation.
         # More directions would measure fine detail, too, which even healthy runs lack.
         log_spread = (cov[:32, :32] + rounding).logdet() / 64
         return points.mean(0), cov, log_spread
 
-    fake_mean, fake_cov, fake_spread = moments(fake)
-    real_mean, real_cov, real_spread = moments(real)
-    # |m - n|^2 + trace(A + B - 2 sqrt(A B)), where the trace of a root is the sum of the roots
-    # of the eigenvalues.
+    fake_mean, fake_cov, fake_log_spread = moments(fake)
+    real_mean, real_cov, real_log_spread = moments(real)
+    # |m - n|^2 + trace(A + B - 2 sqrt(A B)) for means m, n and covariances A, B. The trace of a
+    # root is the sum of the roots of the eigenvalues.
     gap = fake_mean - real_mean
     roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
     distance = gap @ gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
-    diversity = (fake_spread - real_spread).exp()
+    diversity = (fake_log_spread - real_log_spread).exp()
     return distance.item(), diversity.item()
 
 def plot_losses(losses, epochs, path):
-    """Plot loss_d and loss_g (steps x 2) as 280 means each. The axis fits all but the first 5."""
+    """Plot loss_d and loss_g (steps x 2), each as 280 means, two pixels apart. The axis fits all
+    but the first five, which are often far above the others."""
     means = F.adaptive_avg_pool1d(losses.T, 280)
     low = means.min().clamp(max=0)
     high = means[:, 5:].max()
@@ -494,8 +497,9 @@ def animate(folder, path):
 
 # ---- Devices, and several processes in torchrun ---------------------------------------------
 def find_device(name, precision):
-    """Return the device, and "bf16" or "fp32". "auto" is an accelerator if torch finds one, and
-    bf16 where it is native. "cuda" is each process's own GPU. UserError if it cannot be used."""
+    """Return the device, and "bf16" or "fp32". The name "auto" is an accelerator if torch finds
+    one, "cuda" each process's own GPU. The precision "auto" is bf16 where it is native.
+    UserError if the device cannot be used."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
@@ -530,11 +534,12 @@ def average_ranks(tensor):
 SAVE_SECONDS = 60
 
 class Run:
-    """All training state. A checkpoint holds each attribute under its name, or its state_dict
-    if it has one: renaming an attribute changes the file format."""
+    """All training state. A checkpoint holds each attribute, or its state_dict if it has one,
+    under the attribute's name: renaming an attribute changes the file format."""
 
     def __init__(self, args, device):
         torch.manual_seed(args.seed)
+        # Kept, because they are needed to build a checkpoint's networks again.
         sizes = {"width": args.width, "image_size": args.image_size}
         self.G_arguments = {"latent_dim": LATENT_DIM, "slope": args.slope_g, **sizes}
         self.D_arguments = {"slope": args.slope_d, **sizes}
@@ -558,7 +563,7 @@ class Run:
         self.losses = torch.empty(0, 4)
         # The rows of log.csv, one an epoch.
         self.rows = []
-        # Each call has its own folder and its own task.
+        # All flags but those that belong to one call, not to the run.
         self.settings = vars(args).copy()
         for name in "out", "resume", "generate":
             del self.settings[name]
@@ -569,7 +574,7 @@ class Run:
         state = {}
         for name, value in vars(self).items():
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value
-        # Via memory, because on a full disk torch.save raises no OSError.
+        # Via memory, because on a full disk torch.save would not raise an OSError.
         buffer = BytesIO()
         torch.save(state, buffer)
         with atomic_write(path) as unfinished:
@@ -584,7 +589,7 @@ class Run:
                 elif name != "settings":
                     setattr(self, name, state[name])
         except Exception as error:
-            raise UserError(f"the checkpoint is of another version of dcgan.py: {error!r}")
+            raise UserError(f"the checkpoint does not fit this version of dcgan.py: {error!r}")
 
     def check_finite(self):
         # One norm of all tensors, so that the host waits for the GPU once.
@@ -596,14 +601,15 @@ class Run:
             )
 
     def make_row(self, losses, **measures):
-        """What train_step returned and measures by name, to four significant digits."""
+        """A row of log.csv: what train_step returned, and measures by name, to four digits."""
         names = "loss_d", "loss_g", "D(x)", "D(G(z))"
         measures = dict(zip(names, losses.tolist(), strict=True)) | measures
         rounded = {name: float(f"{number:.4g}") for name, number in measures.items()}
         return {"epoch": len(self.rows) + 1, "step": self.step} | rounded
 
     def remaining_steps(self, images, args, device, precision):
-        """train_steps over what is left, under autocast; in torchrun with average gradients."""
+        """train_steps over what is left. Changes G and D, but not the average: they compute
+        under autocast and, in torchrun, average their gradients."""
         # As a decorator of forward, autocast covers the networks, not the losses.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         for network in self.G, self.D:
@@ -626,7 +632,7 @@ class Run:
 
     def end_epoch(self, real, out, seconds):
         """Draw and measure the average's fakes, write the epoch's files, keep the best epoch,
-        and print the epoch's line and what is wrong."""
+        and print the epoch's line and what is wrong. `seconds` is the time since the start."""
         self.check_finite()
         losses = self.losses.cpu()
         mean = losses[-self.epoch_steps:].mean(0)
@@ -663,24 +669,25 @@ class Run:
         # Early in healthy runs, too, all fakes look alike and D spots every one.
         if latest["step"] > 500:
             if latest["diversity"] < 0.7:
-                troubles.append("the generator collapses: its pictures are too much alike")
+                troubles.append("the generator collapses: its pictures are too similar")
             # In a healthy run, D may spot nearly every fake, but not in every step of an epoch.
             if d_fake.max() < 0.01:
                 troubles.append("the discriminator has won: it spots every fake in every step")
         if min(distances[-5:]) > 1.1 * min(distances):
             best = 1 + distances.index(min(distances))
-            troubles.append(f"past its best, epoch {best}, kept in best.pt")
+            troubles.append(f"past its best, which was epoch {best} (best.pt)")
         return troubles
 
 def load_pictures(run, args, device):
-    """Load the pictures and tell the run how many batches they fill. In torchrun, one process
-    of each machine prepares them while the others wait."""
+    """Load the pictures and tell the run how many batches they fill. In torchrun, join the other
+    processes first; one of each machine prepares the pictures while the others wait."""
     if args.batch_size % RANKS:
         raise UserError(f"{RANKS} processes cannot share --batch-size {args.batch_size} evenly")
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    # Averaging anything serves as a barrier, which the first process reaches with a full cache.
+    # Averaging anything serves as a barrier. Each machine's first process reaches it when the
+    # cache is full, perhaps after hours; the others go there first.
     if LOCAL_RANK > 0:
         average_ranks(torch.zeros(1))
     images = load_images(args.data, args.image_size, args.crop)
@@ -693,7 +700,7 @@ def load_pictures(run, args, device):
     if run.epoch_steps not in (0, epoch_steps):
         raise UserError(f"--data has {epoch_steps} batches, but the run had {run.epoch_steps}")
     run.epoch_steps = epoch_steps
-    # If they fit, keep the pictures on the GPU.
+    # On the GPU, choosing a batch is fastest. Half of its memory is left to the training.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     return images
@@ -702,11 +709,12 @@ def train(run, args, device, precision):
     """Train a new or loaded run up to args.epochs, into args.out; in torchrun, as one rank."""
     images = load_pictures(run, args, device)
     checkpoint = args.out / "checkpoint.pt"
-    # At most 1,024 of them are the reference of compare.
+    # What fakes are compared with: at most 1,024 pictures, evenly spread.
     real = images[::len(images) // 1024 + 1].cpu()
     if RANK == 0:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         save_image(real[:64] / 255, args.out / "real.png")
+        # So that a second start into this folder meets a run.
         run.save(checkpoint)
     left = max(0, run.epoch_steps * args.epochs - run.step)
     say(f"{device}, {precision}; {left} steps left of --epochs {args.epochs}; see {args.out}")
@@ -720,7 +728,8 @@ def train(run, args, device, precision):
     try:
         for step, losses in tqdm(steps, total=left, disable=NO_BAR):
             run.step = step
-            # Only rank 0 measures and saves: all ranks hold the same weights.
+            # Only rank 0 measures and saves: all ranks hold the same weights, though each has
+            # its own statistics in batch norm.
             if RANK > 0:
                 continue
             # Kept on the GPU, as fetching them would make the host wait at each step. The
@@ -735,8 +744,8 @@ def train(run, args, device, precision):
                 run.save(checkpoint)
                 saved_step = step
                 saved_at = time.monotonic()
-    # Not saved here, because it may have come in the middle of a step.
     except KeyboardInterrupt:
+        # Not saved now: it may have come in the middle of a step.
         raise KeyboardInterrupt(f"(--resume goes on after step {saved_step})") from None
 
     if RANK == 0:
@@ -795,7 +804,7 @@ def parse_args(argv, **settings):
     flag("--slope-d", fraction, 0.2, "of the discriminator's LeakyReLU")
     flag("--ema", fraction, 0.999, "decay of the generator's moving average")
     flag("--epochs", natural, 20, "passes over the pictures")
-    flag("--batch-size", natural, 128, "images a step")
+    flag("--batch-size", natural, 128, "images per step")
     flag("--lr-g", fraction, 4e-4, "generator's learning rate (the paper: 2e-4)")
     flag("--lr-d", fraction, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
     flag("--beta1", fraction, 0.25, "of Adam (the paper: 0.5)")
@@ -813,8 +822,8 @@ def parse_args(argv, **settings):
     return parser.parse_args(argv)
 
 def read_checkpoint(argv, args):
-    """For --resume and --generate, return the command line, parsed again with a checkpoint's
-    settings as defaults, and the checkpoint. Else return the command line and None."""
+    """Return `args` and None, or for --resume and --generate the command line parsed again, with
+    a checkpoint's settings as defaults, and the checkpoint."""
     path = args.out / ("best.pt" if args.generate else "checkpoint.pt")
     if not args.resume and not args.generate:
         if path.exists():
@@ -830,7 +839,7 @@ def read_checkpoint(argv, args):
     may_change = {"data", "epochs", "seed", "device", "precision", "log_interval"}
     for name in settings.keys() - may_change:
         if getattr(args, name) != settings[name]:
-            raise UserError(f"the run was started with --{name.replace('_', '-')} {settings[name]}")
+            raise UserError(f"this run's {name} is {settings[name]} and cannot change")
     return args, saved
 
 def main(argv=None):

@@ -461,7 +461,7 @@ def test_flags_reach_the_step(precision, dtype, monkeypatch):
     [500, 0.69, 0.009, [30], []],  # too early to tell
     [501, 0.69, 0.011, [30], ["the generator collapses"]],
     [501, 0.71, 0.009, [30], ["the discriminator has won"]],
-    [501, 0.71, 0.011, [40, 20] + 5 * [23], ["past its best, epoch 2, kept in best.pt"]],
+    [501, 0.71, 0.011, [40, 20] + 5 * [23], ["past its best, which was epoch 2 (best.pt)"]],
     [501, 0.71, 0.011, [40, 20] + 4 * [30], []],
 ])
 def test_troubles(step, diversity, d_fake, distances, told):
@@ -559,7 +559,7 @@ def test_a_log_that_is_open_in_excel_does_not_end_the_run(capsys):
 def test_a_run_is_not_continued_as_another(finished):
     for start in "--resume", "--generate=1":
         line = error_of(start, "--out", finished, "--slope-g", 0)
-        assert "started with --slope-g 0.2" in line
+        assert "this run's slope_g is 0.2 and cannot change" in line
     write_zip("more.zip", {f"{i}.png": FACES[0] for i in range(48)})
     line = error_of("--resume", "--out", finished, "--data", "more.zip")
     assert "--data has 6 batches, but the run had 5" in line
@@ -619,7 +619,7 @@ def test_wrong_flag_is_argparses_error(flag):
     ["--batch-size 41", "40 pictures do not fill --batch-size 41"],
     ["--device meta", "--device meta cannot be used"],
     ["--generate 3", "No such file"],
-    ["--resume --out other", "the checkpoint is of another version"],
+    ["--resume --out other", "the checkpoint does not fit this version"],
     ["--resume --out code", "Weights only load failed"],
     ["--data page.zip", "not a zip file"],
     ["--data data/celeba", "no source of CelebA could be used; use --data toy"],
