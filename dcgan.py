@@ -326,8 +326,8 @@ def get_celeba():
             with atomic_write(archive) as unfinished:
                 download_url(url, unfinished.parent, unfinished.name, CELEBA_MD5)
             return archive
-        # gdown, the network and the disk fail in many ways.
         except Exception as error:
+            # gdown, the network and the disk fail in many ways.
             say(f"no CelebA from {url}: {error!r}")
     raise UserError(f"no source of CelebA could be used; {DATA_HELP}")
 
@@ -358,10 +358,10 @@ def write_cache(cache, pictures, image_size, crop):
         for picture in part:
             try:
                 pixels += decode(picture.read(), image_size, crop).tobytes()
-            # A broken picture may raise anything.
             except Exception as error:
-                # A system error, such as too many open files, must not leave a picture out of
-                # the cache for good. It has an errno; Pillow's OSError for a broken file has not.
+                # A broken picture may raise anything. A system error, such as too many open
+                # files, must not leave a picture out of the cache for good. It has an errno;
+                # Pillow's OSError for a broken file has not.
                 if isinstance(error, MemoryError) or getattr(error, "errno", None):
                     raise
                 broken.append(f"skipped {picture.name}: {error!r}")
@@ -492,6 +492,7 @@ def animate(folder, path):
     """Make a GIF of the grids in `folder`: at most 100, evenly spread, up to the last one."""
     grids = sorted(folder.glob("epoch_*.png"), key=lambda grid: int(grid.stem[6:]))
     every = 1 + len(grids) // 100
+    # Chosen from the end, so that the last grid is always among them.
     first, *others = map(Image.open, grids[::-every][::-1])
     first.save(path, save_all=True, append_images=others, duration=500, loop=0)
 
@@ -508,8 +509,8 @@ def find_device(name, precision):
         zero = torch.zeros(1, device=name)
         # Reading it fails on a device without memory, such as meta.
         zero.item()
-    # Each kind of device has errors of its own.
     except Exception as error:
+        # Each kind of device has errors of its own.
         raise UserError(f"--device {name} cannot be used, try --device cpu: {error!r}")
 
     if zero.is_cuda:
@@ -592,6 +593,7 @@ class Run:
             raise UserError(f"the checkpoint does not fit this version of dcgan.py: {error!r}")
 
     def check_finite(self):
+        """Raise UserError if a weight or a loss is infinite or NaN."""
         # One norm of all tensors, so that the host waits for the GPU once.
         tensors = self.losses, *self.G.parameters(), *self.D.parameters()
         if not nn.utils.get_total_norm(tensors).isfinite():
@@ -615,8 +617,8 @@ class Run:
         for network in self.G, self.D:
             network.forward = autocast(network.forward)
             if RANKS > 1:
-                for p in network.parameters():
-                    p.register_post_accumulate_grad_hook(lambda p: average_ranks(p.grad))
+                for parameter in network.parameters():
+                    parameter.register_post_accumulate_grad_hook(lambda p: average_ranks(p.grad))
 
         return train_steps(
             self.G, self.D, self.average, self.optimizer_g, self.optimizer_d,
@@ -650,8 +652,8 @@ class Run:
                 writer = csv.DictWriter(file, row, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self.rows)
-        # On Windows, a file that is open in Excel cannot be replaced.
         except OSError as error:
+            # On Windows, a file that is open in Excel cannot be replaced.
             say(f"log.csv stays as it is, its rows are in checkpoint.pt: {error}")
         if is_best:
             self.save(out / "best.pt")
