@@ -490,7 +490,8 @@ def plot_losses(losses, epochs, path):
 
 def animate(folder, path):
     """Make a GIF of the grids in `folder`: at most 100, evenly spread, up to the last one."""
-    grids = sorted(folder.glob("epoch_*.png"), key=lambda grid: int(grid.stem[6:]))
+    grids = folder.glob("epoch_*.png")
+    grids = sorted(grids, key=lambda grid: int(grid.stem.removeprefix("epoch_")))
     every = 1 + len(grids) // 100
     # Chosen from the end, so that the last grid is always among them.
     first, *others = map(Image.open, grids[::-every][::-1])
