@@ -24,8 +24,8 @@ def plan_maps(image_size, width):
     channels = []
     side = image_size
     while side >= 8 and side % 2 == 0:
-        channels.insert(0, width * min(8, image_size // side))
         side //= 2
+        channels.insert(0, width * min(8, 2 ** len(channels)))
     if not channels or side >= 8:
         raise ValueError(f"image_size {image_size} is not 4 to 7 times 2, 4, 8, ...")
     return channels, side
@@ -314,8 +314,8 @@ def is_picture(name):
     return known and not hidden
 
 def get_celeba():
-    """Return the archive of CelebA's aligned faces, downloaded (1.4 GB) from the first source
-    that works if it is missing; or the folder, if they were unpacked there."""
+    """Return the archive of CelebA's aligned faces, if need be downloaded (1.4 GB) from the
+    first source that works; or the folder, if they were unpacked there."""
     archive = CELEBA_FOLDER / CELEBA_ZIP
     if archive.exists():
         return archive
@@ -336,10 +336,11 @@ def decode(data, image_size=64, crop=None):
     of the square: by default 160 for pictures of CelebA's 178 x 218 pixels, as in the lecture,
     and the largest for others. ValueError for Pillow's modes of more than 8 bits a channel."""
     picture = Image.open(BytesIO(data))
-    # It would clip these: I and I;16 (integers) and F (floats).
+    # Converting would clip these: I and I;16 (integers) and F (floats).
     if picture.mode[0] in "IF":
         raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
-    # With malformed EXIF data, the picture keeps its stored orientation.
+    # Read the pixels first: broken ones are an error, malformed EXIF data are not.
+    picture.load()
     with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
 
@@ -373,7 +374,7 @@ def write_cache(cache, pictures, image_size, crop):
     threads = ThreadPoolExecutor(min(8, os.cpu_count()))
     with threads, atomic_write(cache) as unfinished, open(unfinished, "wb") as file:
         prepared = threads.map(prepare, parts)
-        file.writelines(tqdm(prepared, "preparing, in 64s", len(parts), disable=NO_BAR))
+        file.writelines(tqdm(prepared, "preparing, 64 at a time", len(parts), disable=NO_BAR))
         for line in broken[:10]:
             say(line)
         if len(broken) == len(pictures):
@@ -381,8 +382,8 @@ def write_cache(cache, pictures, image_size, crop):
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size. UserError
-    if no picture can be read. It is mapped from a cache in data/, so it may be larger than
-    memory; writing to it leaves the cache alone. Delete the cache after changing `decode`."""
+    if no picture can be read. It is mapped from a cache in data/, not read into memory; writing
+    to it leaves the cache alone. Delete the cache after changing `decode`."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     path = Path(path)
@@ -450,15 +451,16 @@ def compare(fake, real):
     rng = torch.Generator("cpu").manual_seed(0)
     vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
     vectors = F.normalize(vectors, dim=0)
-    # The variance of rounding to bytes, step^2 / 12, keeps the determinant above zero when all
-    # pictures are equal.
+    # Rounding to bytes, 1/127.5 apart, has a variance of that distance squared over 12. It keeps
+    # the determinant above zero when all pictures are equal.
     rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
 
     def moments(images):
         points = ((images.flatten(1) / 127.5) @ vectors).double()
         cov = points.T.cov()
-        # A determinant is a product of 32 variances: its 64th root is a mean standard deviation.
-        # More directions would measure fine detail, too, which even healthy runs lack.
+        # A determinant is the product of 32 principal variances, so its 64th root is a mean
+        # standard deviation. More directions would measure fine detail, too, which even healthy
+        # runs lack.
         log_spread = (cov[:32, :32] + rounding).logdet() / 64
         return points.mean(0), cov, log_spread
 
@@ -611,7 +613,7 @@ class Run:
         return {"epoch": len(self.rows) + 1, "step": self.step} | rounded
 
     def remaining_steps(self, images, args, device, precision):
-        """train_steps over what is left. Changes G and D, but not the average: they compute
+        """train_steps over what is left. From now on G and D, but not self.average, compute
         under autocast and, in torchrun, average their gradients."""
         # As a decorator of forward, autocast covers the networks, not the losses.
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -669,7 +671,7 @@ class Run:
         distances = [row["frechet"] for row in self.rows]
         d_fake = self.losses[-self.epoch_steps:, 3]
         troubles = []
-        # Early in healthy runs, too, all fakes look alike and D spots every one.
+        # Early on, even in healthy runs, fakes look alike and D spots them all.
         if latest["step"] > 500:
             if latest["diversity"] < 0.7:
                 troubles.append("the generator collapses: its pictures are too similar")
@@ -689,8 +691,8 @@ def load_pictures(run, args, device):
     if RANKS > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
-    # Averaging anything serves as a barrier. Each machine's first process reaches it when the
-    # cache is full, perhaps after hours; the others go there first.
+    # A barrier: averaging anything makes the others wait, for hours if need be, until the first
+    # process of each machine has written the cache.
     if LOCAL_RANK > 0:
         average_ranks(torch.zeros(1))
     images = load_images(args.data, args.image_size, args.crop)
@@ -703,7 +705,7 @@ def load_pictures(run, args, device):
     if run.epoch_steps not in (0, epoch_steps):
         raise UserError(f"--data has {epoch_steps} batches, but the run had {run.epoch_steps}")
     run.epoch_steps = epoch_steps
-    # On the GPU, choosing a batch is fastest. Half of its memory is left to the training.
+    # On the GPU, choosing a batch is fastest. Half of its free memory is left to training.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     return images
@@ -717,7 +719,7 @@ def train(run, args, device, precision):
     if RANK == 0:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         save_image(real[:64] / 255, args.out / "real.png")
-        # So that a second start into this folder meets a run.
+        # From now on, a new run into this folder is refused.
         run.save(checkpoint)
     left = max(0, run.epoch_steps * args.epochs - run.step)
     say(f"{device}, {precision}; {left} steps left of --epochs {args.epochs}; see {args.out}")
@@ -758,13 +760,13 @@ def train(run, args, device, precision):
         dist.destroy_process_group()
 
 def generate(run, count, out, seed):
-    """Write `count` pictures of the run's average into out/generated, a grid of 64, and walk.png.
+    """Write `count` pictures of the run's average into out/generated, a grid of them, and walk.png.
     Each row of walk.png goes straight from one latent to another: gradual changes suggest
     learning, sudden ones memorising (Radford et al. 2016, section 6.1)."""
     torch.manual_seed(seed)
     images = sample(run.average, torch.randn(count, LATENT_DIM))
     save_image(images[:64] / 255, out / "generated.png")
-    # Eight walks of eight steps: 8 x 8 x LATENT_DIM latents.
+    # Eight walks of eight pictures: 8 x 8 x LATENT_DIM latents.
     begin, end = torch.randn(2, 8, 1, LATENT_DIM)
     position = torch.linspace(0, 1, 8)[:, None]
     walk = begin.lerp(end, position).flatten(0, 1)
@@ -853,7 +855,8 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args, saved = read_checkpoint(argv, args)
-        if args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        source = Path(args.data).resolve()
+        if args.data != "toy" and args.out.resolve().is_relative_to(source):
             raise UserError(f"--out {args.out} lies in --data: its pictures would be trained on")
         device, precision = find_device(args.device, args.precision)
         run = Run(args, device)
