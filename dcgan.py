@@ -382,8 +382,8 @@ def write_cache(cache, pictures, image_size, crop):
 
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size. UserError
-    if no picture can be read. It is mapped from a cache in data/, not read into memory; writing
-    to it leaves the cache alone. Delete the cache after changing `decode`."""
+    if no picture can be read. It is mapped from a cache in data/, not read into memory;
+    writing to it leaves the cache alone. Delete the cache after changing `decode`."""
     if str(path) == "toy":
         return toy_faces(image_size=image_size)
     path = Path(path)
@@ -451,8 +451,8 @@ def compare(fake, real):
     rng = torch.Generator("cpu").manual_seed(0)
     vectors = torch.randn(real[0].numel(), 128, generator=rng, device="cpu")
     vectors = F.normalize(vectors, dim=0)
-    # Rounding to bytes, 1/127.5 apart, has a variance of that distance squared over 12. It keeps
-    # the determinant above zero when all pictures are equal.
+    # Rounding to bytes, 1/127.5 apart, has a variance of that distance squared over 12. It
+    # keeps the determinant above zero when all pictures are equal.
     rounding = torch.eye(32, device="cpu") / 127.5**2 / 12
 
     def moments(images):
@@ -760,7 +760,7 @@ def train(run, args, device, precision):
         dist.destroy_process_group()
 
 def generate(run, count, out, seed):
-    """Write `count` pictures of the run's average into out/generated, a grid of them, and walk.png.
+    """Write `count` pictures of the run's average into out/generated, a grid, and walk.png.
     Each row of walk.png goes straight from one latent to another: gradual changes suggest
     learning, sudden ones memorising (Radford et al. 2016, section 6.1)."""
     torch.manual_seed(seed)
