@@ -23,6 +23,7 @@ def plan_maps(image_size, width):
     for 64 and 64, [512, 256, 128, 64] and 4. ValueError if image_size does not fit."""
     channels = []
     side = image_size
+    # Each halving of the side doubles the channels, up to 8 * width.
     while side >= 8 and side % 2 == 0:
         side //= 2
         channels.insert(0, width * min(8, 2 ** len(channels)))
