@@ -21,7 +21,7 @@ LATENT_DIM = 100
 def plan_maps(image_size, width):
     """Return the channels of D's feature maps, largest map first, and the last map's side:
     plan_maps(64, 64) is ([64, 128, 256, 512], 4). G reverses them. ValueError unless
-    image_size is 4, 5, 6 or 7 times 2, 4, 8, 16, ..., such as 64 or 96."""
+    image_size is 4, 5, 6 or 7 times a power of two (at least 2), such as 64 or 96."""
     channels = []
     side = image_size
     # Each halving of the side doubles the channels, up to 8 * width.
@@ -29,7 +29,7 @@ def plan_maps(image_size, width):
         side //= 2
         channels.append(width * min(8, 2 ** len(channels)))
     if not channels or side >= 8:
-        raise ValueError(f"image_size {image_size} is not 4, 5, 6 or 7 times 2, 4, 8, 16, ...")
+        raise ValueError(f"image_size {image_size} is not 4, 5, 6 or 7 times a power of two")
     return channels, side
 
 def init_weights(module):
@@ -43,7 +43,7 @@ def init_weights(module):
 class Generator(nn.Module):
     """Latents N x latent_dim (or N x latent_dim x 1 x 1) -> images in [-1, 1],
     N x image_channels x image_size x image_size. `slope` is LeakyReLU's negative slope: 0.01 in
-    the lecture, 0 (ReLU) in the paper. 0.2, the paper's in D, learned faster here."""
+    the lecture, 0 (ReLU) in the paper. 0.2, as in the paper's D, learned faster here."""
 
     def __init__(self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2):
         super().__init__()
@@ -91,7 +91,7 @@ class Discriminator(nn.Module):
         # -> 1 x 1 x 1 -> 1
         last = nn.Conv2d(channels[-1], 1, side)
         self.layers = nn.Sequential(*layers, last, nn.Flatten())
-        # Weights as small as these need a norm after them.
+        # Without a norm, weights this small would make the signal vanish.
         if norm is not nn.Identity:
             self.apply(init_weights)
 
@@ -275,17 +275,17 @@ def toy_faces(count=4096, image_size=64):
 def get_celeba():
     """Return the archive of CelebA's aligned faces, downloaded (1.4 GB) from the first source
     that works if it is missing; or its folder, if they were unpacked there."""
+    if CELEBA.exists():
+        return CELEBA
     if any(CELEBA.parent.rglob("*.jpg")):
         return CELEBA.parent
     unfinished = CELEBA.with_suffix(".part")
-    # A server that is silent for a minute has failed, too.
+    # Give up on a server after a minute's silence.
     socket.setdefaulttimeout(60)
     for url in CELEBA_URLS:
-        if CELEBA.exists():
-            break
         try:
             download_url(url, CELEBA.parent, unfinished.name, CELEBA_MD5)
-            unfinished.replace(CELEBA)
+            return unfinished.replace(CELEBA)
         except Exception as error:
             # gdown, the network and the disk fail in many ways.
             say(f"no CelebA from {url}: {error!r}")
@@ -346,8 +346,8 @@ def write_cache(cache, pictures, image_size, crop):
 
     def prepare(picture):
         data = b""
-        # A damaged .zip raises these. An error of the system, such as too many open files,
-        # ends the program: it must not leave a picture out of the cache for good.
+        # A damaged .zip leaves `data` empty, which `decode` rejects. An error of the system, such
+        # as too many open files, ends the program: it must not cost the cache a picture.
         with suppress(BadZipFile, ZlibError, EOFError, RuntimeError):
             data = picture.read_bytes()
         try:
@@ -384,8 +384,9 @@ def load_images(path, image_size=64, crop=None):
         del pictures[CELEBA_TRAINING_COUNT:]
 
     # Whatever changes a file changes one of these, and so the name of the cache.
+    files = pictures if source.is_dir() else [source]
     stamps = []
-    for file in pictures if source.is_dir() else [source]:
+    for file in files:
         stat = file.stat()
         stamps.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     key = repr([image_size, crop, stamps]).encode()
@@ -490,6 +491,7 @@ def plot_losses(losses, epochs, path):
     # Five to ten numbers, whatever the length of the run.
     every = max(1, epochs // 5)
     for epoch in range(0, epochs + 1, every):
+        # Three pixels to the left, which centres a digit.
         x = 47 + 600 * epoch / epochs
         draw.text((x, 358), str(epoch), "black")
 
@@ -508,8 +510,9 @@ def animate(folder, epochs, path):
     """Make a GIF of the grids in `folder`: at most 100, evenly spread from the first epoch to
     the last. Those that cannot be read are left out."""
     frames = []
-    for epoch in torch.linspace(1, epochs, min(epochs, 100)).int():
+    for epoch in torch.linspace(1, epochs, min(epochs, 100)).int().tolist():
         grid = folder / f"epoch_{epoch:03d}.png"
+        # Pillow raises a SyntaxError for a broken PNG.
         with suppress(OSError, SyntaxError):
             frames.append(Image.open(grid).copy())
     if frames:
@@ -526,7 +529,8 @@ MAY_CHANGE = "data", "epochs", "device", "precision"
 COLUMNS = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity", "best"
 
 def log(*numbers, end=""):
-    """Print numbers, named by COLUMNS, and `end`. Return them rounded, as a row of log.csv."""
+    """Print numbers in the order of COLUMNS, within an epoch the first six. Return them rounded,
+    as a row of log.csv."""
     row = [round(number, 4) for number in numbers]
     say(" ".join(f"{name} {number}" for name, number in zip(COLUMNS, row)) + end)
     return row
@@ -551,7 +555,7 @@ def has_bf16(device):
 
 def flip_labels(share):
     """Return discriminator_loss with a share of the labels swapped (ganhacks, trick 6). For
-    binary cross-entropy, to negate a logit is to swap its label."""
+    binary cross-entropy, negating a logit swaps its label."""
     def swap(logits):
         return torch.where(torch.rand_like(logits) < share, -logits, logits)
 
@@ -561,8 +565,8 @@ def flip_labels(share):
     return loss
 
 class Run:
-    """All training state. A checkpoint holds each attribute under its name, as it is or as its
-    state_dict: renaming an attribute changes the file format."""
+    """All training state. A checkpoint holds each attribute under its own name, networks and
+    optimisers as state_dicts; so renaming one changes the file format."""
 
     def __init__(self, args, device):
         torch.manual_seed(args.seed)
@@ -589,7 +593,7 @@ class Run:
         self.rows = []
         # The lowest distance so far, and its epoch.
         self.best = (float("inf"), 0)
-        # All flags but those that belong to one call, not to the run.
+        # All of args but what belongs to one call.
         self.settings = vars(args).copy()
         for name in "out", "resume", "generate":
             del self.settings[name]
@@ -724,7 +728,7 @@ def generate(args):
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images, 1):
         save_image(image / 255, folder / f"{i:06d}.png")
-    say(f"epoch {len(saved['rows'])}: {len(images)} pictures in {folder}")
+    say(f"epoch {saved['best'][1]}: {len(images)} pictures in {folder}")
 
 # ---- The command line -----------------------------------------------------------------------
 def parse_args(argv, **settings):
@@ -797,11 +801,11 @@ def start(argv):
         raise UserError(f"{args.out} holds a run: --resume it, delete it or use another --out")
     device = find_device(args.device)
     images = load_images(args.data, args.image_size, args.crop)
-    # To compare two sets of pictures takes two of each.
+    # `compare` needs at least two pictures.
     needed = max(2, args.batch_size)
     if len(images) < needed:
         raise UserError(f"--data has {len(images)} pictures, --batch-size needs {needed}")
-    # With the settings, so that Run.load refuses pictures that fill another number of batches.
+    # Saved with the settings, so that Run.load refuses data with another number of batches.
     args.epoch_steps = len(images) // args.batch_size
     run = Run(args, device)
     if args.resume:
@@ -813,7 +817,7 @@ def main(argv=None):
     try:
         start(argv)
     except KeyboardInterrupt:
-        print("dcgan.py: interrupted; once training has begun, --resume goes on", file=sys.stderr)
+        print("dcgan.py: interrupted; once training has begun, --resume continues", file=sys.stderr)
         raise SystemExit(130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split()) or repr(error)
