@@ -444,37 +444,32 @@ def random_features(images):
         if channels == 32:
             # The first filters sum to zero, so that brightness alone does not count.
             filters -= filters.mean([1, 2, 3], keepdim=True)
-        # Kaiming scaling keeps the features' size from layer to layer.
-        filters *= (2 / filters[0].numel()) ** 0.5
+        filters *= (2 / filters[0].numel()) ** 0.5  # Kaiming's scale for ReLU
         maps = F.conv2d(maps, filters, stride=2, padding=1).relu()
     return F.adaptive_avg_pool2d(maps, 2).flatten(1)
 
 def compare(fake, real):
     """uint8 images N x C x S x S -> Frechet distance (lower is better) and diversity (1 is
     healthy, near 0 is a collapse). ValueError for fewer than two images. The distance is FID's
-    (Heusel et al. 2017, arXiv:1706.08500), but of random features. Diversity is the mean
-    distance from a fake to a near neighbour, relative to that of reals. It is fooled by coarse
-    noise and blind to missing kinds of faces."""
+    (Heusel et al. 2017, arXiv:1706.08500), but of random features. Diversity is the distance
+    to a near neighbour, of fakes relative to reals: coarse noise raises it, and it is blind to
+    missing kinds of faces."""
     if min(len(fake), len(real)) < 2:
         raise ValueError("compare needs at least two images of each kind")
 
     def moments(images):
-        parts = [random_features(part) for part in images.split(128)]
-        features = torch.cat(parts).double()
+        features = torch.cat([random_features(part) for part in images.split(128)]).double()
         return features.mean(0), features.T.cov()
 
     def spread(images):
-        # Averaged down to 8 x 8 values, which hides fine noise.
         points = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
         distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
         # Not the very nearest: in simple pictures, any noise would count as diversity.
-        neighbour = 1 + len(images) // 32
-        return distances.kthvalue(neighbour).values.mean()
+        return distances.kthvalue(1 + len(images) // 32).values.mean()
 
-    fake_mean, fake_cov = moments(fake)
-    real_mean, real_cov = moments(real)
-    # |m - n|^2 + trace(A + B - 2 sqrt(A B)) for means m, n and covariances A, B. The trace of
-    # a root is the sum of the roots of the eigenvalues.
+    (fake_mean, fake_cov), (real_mean, real_cov) = moments(fake), moments(real)
+    # |gap|^2 + trace(A + B - 2 sqrt(A B)) for covariances A, B. The trace of a root is the sum
+    # of the roots of the eigenvalues.
     gap = fake_mean - real_mean
     roots = torch.linalg.eigvals(fake_cov @ real_cov).sqrt().real
     distance = gap @ gap + (fake_cov + real_cov).trace() - 2 * roots.sum()
