@@ -410,7 +410,7 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
     step = 0
     for epoch in range(epochs):
         torch.manual_seed(crc32(f"order {seed} {epoch}".encode()))
-        order = torch.randperm(len(images)).to(images.device)
+        order = torch.randperm(len(images), device="cpu").to(images.device)
         for chosen in order.split(batch_size)[:len(images) // batch_size]:
             step += 1
             if step <= done:
@@ -440,7 +440,7 @@ def random_features(images):
     rng = torch.Generator().manual_seed(0)
     maps = images / 127.5 - 1
     for channels in 32, 64, 128:
-        filters = torch.randn(channels, maps.shape[1], 4, 4, generator=rng)
+        filters = torch.randn(channels, maps.shape[1], 4, 4, generator=rng, device="cpu")
         if channels == 32:
             # The first filters sum to zero, so that brightness alone does not count.
             filters -= filters.mean([1, 2, 3], keepdim=True)
