@@ -275,7 +275,7 @@ def test_a_damaged_file_in_a_zip_costs_no_other():
 def test_pictures_that_the_system_cannot_read_end_the_start(function, monkeypatch):
     monkeypatch.setattr(function, Mock(side_effect=MemoryError("full")))
     assert error_of(*SMALL).endswith("full")
-    assert os.listdir("data") == []
+    assert not os.listdir("data")
 
 def test_whatever_a_zip_cannot_be_opened_for_ends_in_one_line(monkeypatch):
     monkeypatch.setattr("dcgan.ZipFile", Mock(side_effect=NotImplementedError("\n" + 999 * "x")))
@@ -369,7 +369,7 @@ def test_distance_sees_blur_rather_than_brightness():
     faces = toy_faces(64, 32).clamp(12, 243)
     brighter, diversity = compare(faces + 12, faces)
     blurred, diversity = compare(gaussian_blur(faces, 3), faces)
-    assert 50 * brighter < blurred
+    assert 90 * brighter < 1.4 < blurred
 
 def test_diversity_is_1_in_health_and_small_after_a_collapse_for_16_pictures_too():
     real, few = toy_faces(528, 32).split(512)
