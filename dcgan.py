@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DCGAN in one file: learn from photos of faces to draw people who do not exist.
+"""DCGAN in one file: learn from photos of faces to draw new ones.
 
     python dcgan.py --data toy --width 16 --out out-toy     drawn faces, no download
     python dcgan.py --epochs 20                             CelebA, the lecture's faces
@@ -43,7 +43,7 @@ def init_weights(module):
 class Generator(nn.Module):
     """Latents N x latent_dim (or N x latent_dim x 1 x 1) -> images in [-1, 1],
     N x image_channels x image_size x image_size. `slope` is LeakyReLU's negative slope: 0.01 in
-    the lecture, 0 (ReLU) in the paper. 0.2, as in the paper's D, learned faster here."""
+    the lecture, 0 (ReLU) in the paper; 0.2, the default here, is that of the paper's D."""
 
     def __init__(self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2):
         super().__init__()
@@ -243,7 +243,6 @@ CELEBA_URLS = (
 )
 CELEBA_COUNT = 202_599
 CELEBA_TRAINING_COUNT = 162_770
-DATA_HELP = f"use --data toy or FOLDER_OR_ZIP, or put {CELEBA.name} into {CELEBA.parent}"
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 # First characters of hidden and system folders: .git, #recycle, $RECYCLE.BIN, @eaDir.
 HIDDEN = ".@#$"
@@ -289,6 +288,7 @@ def get_celeba():
         except Exception as error:
             # gdown, the network and the disk fail in many ways.
             say(f"no CelebA from {url}: {error!r}")
+    # Missing: to open it is an error that says what to do.
     return CELEBA
 
 def is_picture(name):
@@ -297,7 +297,7 @@ def is_picture(name):
     return name.lower().endswith(ENDINGS) and not hidden
 
 def list_folder(folder):
-    """Yield the pictures below a folder, links followed. OSError if one cannot be read."""
+    """Yield the pictures below a folder, links followed. OSError for an unreadable subfolder."""
     for path in folder.iterdir():
         if path.name[0] in HIDDEN:
             continue
@@ -314,7 +314,10 @@ def list_pictures(source):
         archive = ZipFile(source)
     except Exception as error:
         # zipfile raises many kinds of errors.
-        raise UserError(f"{source} is no folder and no readable .zip ({error}); {DATA_HELP}")
+        raise UserError(
+            f"{source} is no folder and no readable .zip ({error}); use --data toy or "
+            f"FOLDER_OR_ZIP, or put {CELEBA.name} into {CELEBA.parent}"
+        )
     names = filter(is_picture, archive.namelist())
     # A path in a .zip can be read like one in a folder.
     return [ZipPath(archive, name) for name in sorted(names)]
@@ -411,7 +414,8 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
     for epoch in range(epochs):
         torch.manual_seed(crc32(f"order {seed} {epoch}".encode()))
         order = torch.randperm(len(images), device="cpu").to(images.device)
-        for chosen in order.split(batch_size)[:len(images) // batch_size]:
+        full_batches = order.split(batch_size)[:len(images) // batch_size]
+        for chosen in full_batches:
             step += 1
             if step <= done:
                 continue
@@ -483,7 +487,7 @@ def plot_losses(losses, epochs, path):
         y = 190 - 80 * exponent
         draw.line((50, y, 650, y), "lightgrey")
         draw.text((15, y - 6), f"{10.0**exponent:g}", "black")
-    # Five to ten numbers, whatever the length of the run.
+    # At most ten numbers, whatever the length of the run.
     every = max(1, epochs // 5)
     for epoch in range(0, epochs + 1, every):
         # Three pixels to the left, which centres a digit.
