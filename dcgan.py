@@ -95,17 +95,15 @@ class Discriminator(nn.Module):
         if norm is not nn.Identity:
             self.apply(init_weights)
 
-    def features(self, images):
-        """The last feature maps, in float32: N x 512 x 4 x 4 at the defaults."""
+    def forward(self, images, features=False):
+        """With `features`, return the last feature maps: N x 512 x 4 x 4 at the defaults."""
         # Without this, a larger image would silently give several logits.
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"D takes N x {self.image_shape}, not {tuple(images.shape)}")
-        return self.layers[:-2](images).float()
-
-    def forward(self, images):
+        # Features come before the last convolution and Flatten.
+        layers = self.layers[:-2] if features else self.layers
         # float32 for the losses, even under autocast.
-        maps = self.features(images)
-        return self.layers[-2:](maps).float()  # the last convolution and Flatten
+        return layers(images).float()
 
 # ---- The game (Goodfellow et al. 2014; lecture 18.6) ----------------------------------------
 def discriminator_loss(real_logits, fake_logits):
@@ -191,16 +189,18 @@ import csv
 import hashlib
 import os
 import random
+import re
 import socket
 import sys
 import time
 import warnings
 from contextlib import contextmanager, suppress
+from functools import partial
+from glob import glob
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import MethodType
-from uuid import uuid4
 from zipfile import BadZipFile, Path as ZipPath, ZipFile
 from zlib import crc32, error as ZlibError
 
@@ -219,16 +219,16 @@ class UserError(Exception):
     """An error the user can fix: main prints it as one line."""
 
 @contextmanager
-def atomic_write(path, mode="wb"):
+def atomic_write(path):
     """Yield an open file: on success it replaces `path`, on failure it is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}-{uuid4().hex}.part")
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with open(unfinished, mode) as file:
+        with unfinished.open("wb") as file:
             yield file
             # Without this, `path` could be empty after a power failure.
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -244,8 +244,8 @@ CELEBA_URLS = (
 CELEBA_COUNT = 202_599
 CELEBA_TRAINING_COUNT = 162_770
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-# First characters of hidden and system folders: .git, #recycle, $RECYCLE.BIN, @eaDir.
-HIDDEN = ".@#$"
+# Hidden and system folders, and what lies in them: .git, #recycle, $RECYCLE.BIN, @eaDir.
+HIDDEN = r"(^|[/\\])[.@#$]"
 
 def toy_faces(count=4096, image_size=64):
     """Draw simple faces, all different: uint8, count x 3 x image_size x image_size."""
@@ -271,56 +271,44 @@ def toy_faces(count=4096, image_size=64):
         faces.append(TF.pil_to_tensor(image))
     return torch.stack(faces)
 
-def get_celeba():
-    """Return the archive of CelebA's aligned faces, downloaded (1.4 GB) from the first source
-    that works if it is missing; or its folder, if they were unpacked there."""
-    if CELEBA.exists():
-        return CELEBA
-    if any(CELEBA.parent.rglob("*.jpg")):
-        return CELEBA.parent
+def download_celeba():
+    """Download CelebA's aligned faces (1.4 GB) from the first source that works, if any does."""
     unfinished = CELEBA.with_suffix(".part")
     # Give up on a server after a minute's silence.
     socket.setdefaulttimeout(60)
     for url in CELEBA_URLS:
         try:
             download_url(url, CELEBA.parent, unfinished.name, CELEBA_MD5)
-            return unfinished.replace(CELEBA)
+            unfinished.replace(CELEBA)
+            return
         except Exception as error:
             # gdown, the network and the disk fail in many ways.
             say(f"no CelebA from {url}: {error!r}")
-    # Missing: to open it is an error that says what to do.
-    return CELEBA
-
-def is_picture(name):
-    """Whether the ending is a picture's, and no part of the path is hidden."""
-    hidden = any(part[0] in HIDDEN for part in Path(name).parts)
-    return name.lower().endswith(ENDINGS) and not hidden
-
-def list_folder(folder):
-    """Yield the pictures below a folder, links followed. OSError for an unreadable subfolder."""
-    for path in folder.iterdir():
-        if path.name[0] in HIDDEN:
-            continue
-        if path.is_dir():
-            yield from list_folder(path)
-        elif is_picture(path.name) and path.is_file():
-            yield path
 
 def list_pictures(source):
-    """Return the paths of the pictures in a folder or .zip, sorted. UserError otherwise."""
+    """Return the paths of the pictures below a folder, links followed, or in a .zip, sorted.
+    UserError for anything else."""
     if source.is_dir():
-        return sorted(list_folder(source))
-    try:
-        archive = ZipFile(source)
-    except Exception as error:
-        # zipfile raises many kinds of errors.
-        raise UserError(
-            f"{source} is no folder and no readable .zip ({error}); use --data toy or "
-            f"FOLDER_OR_ZIP, or put {CELEBA.name} into {CELEBA.parent}"
-        )
-    names = filter(is_picture, archive.namelist())
-    # A path in a .zip can be read like one in a folder.
-    return [ZipPath(archive, name) for name in sorted(names)]
+        root, names = source, glob("**", root_dir=source, recursive=True)
+    else:
+        try:
+            archive = ZipFile(source)
+        except Exception as error:
+            # zipfile raises many kinds of errors.
+            raise UserError(
+                f"{source} is no folder and no readable .zip ({error}); use --data toy or "
+                f"FOLDER_OR_ZIP, or put {CELEBA.name} into {CELEBA.parent}"
+            )
+        # Paths in a .zip can be read like those in a folder.
+        root, names = ZipPath(archive), archive.namelist()
+    paths = []
+    for name in sorted(names):
+        path = root / name
+        hidden = re.search(HIDDEN, name)
+        # Only files, because to open a pipe would wait for ever.
+        if name.lower().endswith(ENDINGS) and not hidden and path.is_file():
+            paths.append(path)
+    return paths
 
 def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> its centred square, resized: RGB (PIL). `crop` is the side
@@ -330,7 +318,7 @@ def decode(data, image_size=64, crop=None):
     Image.open(BytesIO(data)).verify()
     picture = Image.open(BytesIO(data))
     # Converting would clip these: I and I;16 (integers) and F (floats).
-    if picture.mode.startswith(("I", "F")):
+    if picture.mode[0] in "IF":
         raise ValueError("more than 8 bits a channel")
     # Read the pixels first: broken ones are an error, malformed EXIF data are not.
     picture.load()
@@ -376,33 +364,34 @@ def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
     UserError if no picture can be read. Except for toy, it is mapped from a cache in data/, not
     read into memory; to write to it crashes Python. Delete the cache after changing `decode`."""
-    if str(path) == "toy":
+    if path == "toy":
         return toy_faces(image_size=image_size)
     source = Path(path).resolve()
-    if source == CELEBA.parent.resolve():
-        source = get_celeba().resolve()
+    unpacked = any(CELEBA.parent.rglob("*.jpg"))
+    if source == CELEBA.parent.resolve() and not unpacked:
+        source = CELEBA
+        if not CELEBA.exists():
+            download_celeba()
     pictures = list_pictures(source)
     # Of the complete CelebA, keep the training partition.
     if len(pictures) == CELEBA_COUNT:
         del pictures[CELEBA_TRAINING_COUNT:]
 
     # Whatever changes a file changes one of these, and so the name of the cache.
-    files = pictures if source.is_dir() else [source]
-    stamps = []
-    for file in files:
+    key = [image_size, crop]
+    for file in pictures if source.is_dir() else [source]:
         stat = file.stat()
-        stamps.append((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    key = repr([image_size, crop, stamps]).encode()
-    cache = Path("data", f"{hashlib.sha256(key).hexdigest()}.dcgan")
+        key += str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()
+    cache = Path("data", f"{digest}.dcgan")
     if not cache.exists():
         write_cache(cache, pictures, image_size, crop)
 
     # torch would warn that this tensor cannot be written to.
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-    pixels = torch.from_numpy(numpy.memmap(cache, mode="r"))
-    images = pixels.view(-1, image_size, image_size, 3)
-    say(f"{path}: {len(images)} of {len(pictures)} pictures can be read")
-    return images.permute(0, 3, 1, 2)
+    pixels = numpy.memmap(cache, mode="r").reshape(-1, image_size, image_size, 3)
+    say(f"{path}: {len(pixels)} of {len(pictures)} pictures can be read")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
     """uint8 images N x C x S x S -> the batches after the first `done`, floats in [-1, 1]; an
@@ -413,9 +402,8 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
     step = 0
     for epoch in range(epochs):
         torch.manual_seed(crc32(f"order {seed} {epoch}".encode()))
-        order = torch.randperm(len(images), device="cpu").to(images.device)
-        full_batches = order.split(batch_size)[:len(images) // batch_size]
-        for chosen in full_batches:
+        order = torch.randperm(len(images)).to(images.device)
+        for chosen in order.split(batch_size)[:len(images) // batch_size]:
             step += 1
             if step <= done:
                 continue
@@ -432,11 +420,8 @@ def sample(G, latents):
     if G.training:
         raise ValueError("sample needs G in eval mode: call G.eval() first")
     device = next(G.parameters()).device
-    parts = []
-    for part in latents.split(128):
-        images = G(part.to(device)) * 127.5 + 127.5
-        parts.append(images.round().byte().cpu())
-    return torch.cat(parts)
+    parts = [G(part.to(device)).cpu() for part in latents.split(128)]
+    return (torch.cat(parts) * 127.5 + 127.5).round().byte()
 
 def random_features(images):
     """uint8 images N x C x S x S -> N x 512 features of a fixed, untrained network. Its random
@@ -444,7 +429,7 @@ def random_features(images):
     rng = torch.Generator().manual_seed(0)
     maps = images / 127.5 - 1
     for channels in 32, 64, 128:
-        filters = torch.randn(channels, maps.shape[1], 4, 4, generator=rng, device="cpu")
+        filters = torch.randn(channels, maps.shape[1], 4, 4, generator=rng)
         if channels == 32:
             # The first filters sum to zero, so that brightness alone does not count.
             filters -= filters.mean([1, 2, 3], keepdim=True)
@@ -467,9 +452,9 @@ def compare(fake, real):
 
     def spread(images):
         points = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
-        distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
-        # Not the very nearest: in simple pictures, any noise would count as diversity.
-        return distances.kthvalue(1 + len(images) // 32).values.mean()
+        # Not the very nearest, which is the image itself, nor the next: in simple pictures, any
+        # noise would count as diversity.
+        return torch.cdist(points, points).kthvalue(2 + len(images) // 32).values.mean()
 
     (fake_mean, fake_cov), (real_mean, real_cov) = moments(fake), moments(real)
     # |gap|^2 + trace(A + B - 2 sqrt(A B)) for covariances A, B. The trace of a root is the sum
@@ -488,35 +473,32 @@ def plot_losses(losses, epochs, path):
         draw.line((50, y, 650, y), "lightgrey")
         draw.text((15, y - 6), f"{10.0**exponent:g}", "black")
     # At most ten numbers, whatever the length of the run.
-    every = max(1, epochs // 5)
-    for epoch in range(0, epochs + 1, every):
+    for epoch in range(0, epochs + 1, 1 + epochs // 10):
         # Three pixels to the left, which centres a digit.
         x = 47 + 600 * epoch / epochs
         draw.text((x, 358), str(epoch), "black")
 
-    columns = torch.linspace(50, 650, len(losses)).tolist()
-    rows = 190 - 80 * losses.clamp(0.01, 100).log10()
-    curve_d, curve_g = rows.T.tolist()
-    for name, color, left, curve in (
-        ("generator", "#d2691e", 150, curve_g),
-        ("discriminator", "#1f5fa8", 50, curve_d),
+    # As 600 means, so that a long run does not become a blot.
+    means = F.adaptive_avg_pool1d(losses.T, 600)
+    heights = 190 - 80 * means.clamp(0.01, 100).log10()
+    curve_d, curve_g = heights.tolist()
+    for name, left, color, curve in (
+        ("generator", 150, "#d2691e", curve_g),
+        ("discriminator", 50, "#1f5fa8", curve_d),
     ):
         draw.text((left, 8), name, color)
-        draw.line(list(zip(columns, curve)), color, width=2)
+        draw.line(list(enumerate(curve, 50)), color, width=2)
     image.save(path)
 
 def animate(folder, epochs, path):
-    """Make a GIF of the grids in `folder`: at most 100, evenly spread from the first epoch to
-    the last. Those that cannot be read are left out."""
+    """Make a GIF of the grids in `folder` that can be read: at most 100, back from the last."""
     frames = []
-    for epoch in torch.linspace(1, epochs, min(epochs, 100)).int().tolist():
-        grid = folder / f"epoch_{epoch:03d}.png"
+    for epoch in range(epochs, 0, -1 - epochs // 100):
         # Pillow raises a SyntaxError for a broken PNG.
         with suppress(OSError, SyntaxError):
-            frames.append(Image.open(grid).copy())
+            frames.insert(0, Image.open(folder / f"epoch_{epoch:03d}.png").copy())
     if frames:
-        first, *others = frames
-        first.save(path, save_all=True, append_images=others, duration=500, loop=0)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 # ---- The run --------------------------------------------------------------------------------
 # In seconds, not in steps: a step takes a second on a CPU and milliseconds on a GPU.
@@ -524,7 +506,7 @@ SAVE_SECONDS = 60
 # Steps between printed lines.
 LOG_STEPS = 100
 # Settings that --resume may change.
-MAY_CHANGE = "data", "epochs", "device", "precision"
+MAY_CHANGE = "data", "epochs", "device", "precision", "out", "resume"
 COLUMNS = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity", "best"
 
 def log(*numbers, end=""):
@@ -552,16 +534,13 @@ def has_bf16(device):
     # The public form, torch.cpu.get_capabilities, is missing in torch 2.7.
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
-def flip_labels(share):
-    """Return discriminator_loss with a share of the labels swapped (ganhacks, trick 6). For
-    binary cross-entropy, negating a logit swaps its label."""
+def flipped_loss(share, real_logits, fake_logits):
+    """discriminator_loss with a share of the labels swapped (ganhacks, trick 6). For binary
+    cross-entropy, negating a logit swaps its label."""
     def swap(logits):
         return torch.where(torch.rand_like(logits) < share, -logits, logits)
 
-    def loss(real_logits, fake_logits):
-        return discriminator_loss(swap(real_logits), swap(fake_logits))
-
-    return loss
+    return discriminator_loss(swap(real_logits), swap(fake_logits))
 
 class Run:
     """All training state. A checkpoint holds each attribute under its own name, networks and
@@ -586,16 +565,12 @@ class Run:
             self.optimizer_d = adam(self.D, args.lr_d, args.beta1)
 
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        # How many steps are done, what train_step returned for each, and the rows of log.csv.
-        self.step = 0
+        # What train_step returned for each step, and the rows of log.csv.
         self.losses = torch.empty(0, 4)
         self.rows = []
         # The lowest distance so far, and its epoch.
-        self.best = (float("inf"), 0)
-        # All of args but what belongs to one call.
-        self.settings = vars(args).copy()
-        for name in "out", "resume", "generate":
-            del self.settings[name]
+        self.best = (torch.inf, 0)
+        self.settings = {**vars(args), "out": str(args.out)}
 
     def save(self, path):
         """Write a checkpoint. UserError if a weight or a loss is infinite or NaN."""
@@ -603,7 +578,7 @@ class Run:
         tensors = self.losses, *self.G.parameters(), *self.D.parameters()
         if not nn.utils.get_total_norm(tensors).isfinite():
             raise UserError(
-                f"a loss or weight is not finite at step {self.step}, so it is not saved; "
+                f"a loss or weight is not finite at step {len(self.losses)}, so it is not saved; "
                 "try lower --lr-g and --lr-d with a new --out"
             )
         state = {}
@@ -630,37 +605,33 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this version of dcgan.py: {error!r}")
 
-def end_epoch(run, epoch_steps, real, out, seconds):
+def end_epoch(run, args, real, seconds):
     """Draw and measure the average's fakes, print the epoch's line, write its files, and keep
     the best epoch. `seconds` is the time since training began."""
-    epoch = len(run.rows) + 1
     losses = run.losses.cpu()
-    means = losses[-epoch_steps:].mean(0).tolist()
+    epoch = len(run.rows) + 1
+    means = losses[-args.epoch_steps:].mean(0).tolist()
     fakes = sample(run.average, run.fixed_noise)
     frechet, diversity = compare(fakes, real)
     # Of equal distances, the first one is the best.
     run.best = min(run.best, (frechet, epoch))
     best_epoch = run.best[1]
-    row = log(
-        epoch, run.step, *means, frechet, diversity, best_epoch,
-        end=f" minutes {seconds / 60:.1f}",
-    )
-    run.rows.append(row)
+    numbers = epoch, len(losses), *means, frechet, diversity, best_epoch
+    run.rows.append(log(*numbers, end=f" minutes {seconds / 60:.1f}"))
     # Early on, fakes look alike even in healthy runs.
-    if run.step > 500 and diversity < 0.7:
+    if len(losses) > 500 and diversity < 0.7:
         say("warning: the generator collapses: its pictures are too similar")
 
-    save_image(fakes[:64] / 255, out / "samples" / f"epoch_{epoch:03d}.png")
-    plot_losses(losses[:, :2], epoch, out / "losses.png")
+    save_image(fakes[:64] / 255, args.out / "samples" / f"epoch_{epoch:03d}.png")
+    plot_losses(losses[:, :2], epoch, args.out / "losses.png")
     try:
-        with atomic_write(out / "log.csv", "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([COLUMNS, *run.rows])
+        with open(args.out / "log.csv", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *run.rows])
     except OSError as error:
         # On Windows, a file that is open in Excel cannot be replaced.
         say(f"log.csv stays as it is, its rows are in checkpoint.pt: {error}")
     if best_epoch == epoch:
-        run.save(out / "best.pt")
+        run.save(args.out / "best.pt")
 
 def train(run, args, images, device):
     """Train a new or loaded run on uint8 images until args.epochs are done."""
@@ -682,28 +653,23 @@ def train(run, args, images, device):
         network.forward = MethodType(autocast(type(network).forward), network)
     # All batches have one shape, so let cuDNN try out its kernels and keep the fastest.
     torch.backends.cudnn.benchmark = True
-    loss_for_d = discriminator_loss
+    options = {"decay": args.ema, "fresh_noise": args.fresh_noise}
     if args.flip_labels:
-        loss_for_d = flip_labels(args.flip_labels)
+        options["loss_for_d"] = partial(flipped_loss, args.flip_labels)
+    done, total = len(run.losses), args.epochs * args.epoch_steps
+    reals = batches(images, args.batch_size, args.epochs, args.seed, done, device)
     steps = train_steps(
-        run.G, run.D, run.average, run.optimizer_g, run.optimizer_d,
-        batches(images, args.batch_size, args.epochs, args.seed, run.step, device),
-        done=run.step,
-        decay=args.ema,
-        fresh_noise=args.fresh_noise,
-        loss_for_d=loss_for_d,
+        run.G, run.D, run.average, run.optimizer_g, run.optimizer_d, reals, done, **options
     )
-    total = args.epochs * args.epoch_steps
-    say(f"{device}, bf16 {bf16}; {run.step} of {total} steps are done; see {args.out}")
+    say(f"{device}, bf16 {bf16}; {done} of {total} steps are done; see {args.out}")
     started = saved_at = time.monotonic()
-    for step, losses in tqdm(steps, initial=run.step, total=total, disable=None):
-        run.step = step
+    for step, losses in tqdm(steps, initial=done, total=total, disable=None):
         # Kept on the GPU, as fetching them would make the host wait at each step. The growing
         # copy is cheap: 400 KB after 20 epochs of CelebA.
         run.losses = torch.cat([run.losses.to(device), losses[None]])
         epoch_ended = step % args.epoch_steps == 0
         if epoch_ended:
-            end_epoch(run, args.epoch_steps, real, args.out, time.monotonic() - started)
+            end_epoch(run, args, real, time.monotonic() - started)
         elif step % LOG_STEPS == 0:
             log(len(run.rows) + 1, step, *losses.tolist())
         if epoch_ended or time.monotonic() - saved_at > SAVE_SECONDS:
@@ -778,10 +744,7 @@ def parse_args(argv, **settings):
 def read_checkpoint(path):
     """Return a checkpoint as a dict of tensors and plain values."""
     try:
-        saved = torch.load(path, "cpu", weights_only=True)
-        if {"settings", "G_arguments", "average"} <= saved.keys():
-            return saved
-        raise ValueError
+        return torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"cannot read {path} ({kind}): train first, or check --out")

@@ -16,6 +16,7 @@ from dcgan import Discriminator, Generator
 torch.set_num_threads(1)
 parametrize = mark.parametrize
 IMAGES = torch.zeros(2, 3, 64, 64)
+LATENTS = torch.eye(2, 100)
 
 def networks(image_size=32, device="cpu"):
     torch.manual_seed(0)
@@ -31,7 +32,7 @@ def step_of(G, D, real, **options):
     return dcgan.train_step(G, D, sgd(G), sgd(D), real, **options)
 
 def test_generator_turns_100_numbers_into_3_x_64_x_64_images():
-    images = Generator()(50 * torch.randn(2, 100))
+    images = Generator()(50 * LATENTS)
     assert images.shape == IMAGES.shape
     assert images.abs().max() <= 1
 
@@ -60,11 +61,6 @@ def test_other_sizes_and_latents_that_are_maps_of_one_pixel(size):
     assert images.shape == (2, 3, size, size)
     assert D(images).shape == (2, 1)
 
-@parametrize("size", [4, 65, 100])
-def test_sizes_that_do_not_fit_are_refused(size):
-    with raises(ValueError, match=f"image_size {size} is not 4, 5, 6 or 7 times"):
-        networks(size)
-
 def test_weights_begin_as_in_the_paper_and_the_slope_is_0_2():
     assert repr(networks()).count("slope=0.2") == 6
     for p in networks().parameters():
@@ -81,13 +77,13 @@ def test_without_batch_norm_all_convolutions_have_biases(norm, low):
 
 def test_features_are_the_last_maps_in_float32_even_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        features = Discriminator().features(IMAGES)
+        features = Discriminator()(IMAGES, features=True)
     assert features.dtype == torch.float32
     assert features.shape == (2, 512, 4, 4)
 
 def test_generator_is_exported_for_any_number_of_latents():
     G = Generator(width=1, image_size=8)
-    torch.export.export(G, (torch.zeros(2, 100),), dynamic_shapes=[{0: torch.export.Dim("n")}])
+    torch.export.export(G, (LATENTS,), dynamic_shapes=[{0: torch.export.Dim("n")}])
 
 # ---- The game -------------------------------------------------------------------------------
 @parametrize("fresh_noise", [False, True])
@@ -116,13 +112,16 @@ def test_step_is_the_one_written_out_here(fresh_noise):
     assert_close(trained.state_dict(), expected.state_dict())
 
 def test_autocast_around_steps_sees_each_update():
-    """It caches bfloat16 copies. G's loss needs the new D, and after fresh noise, D the new G."""
-    results = []
-    for cache in True, False:
-        trained = networks(64)
+    """It caches bfloat16 copies. G's half needs the new D; after fresh noise, D the new G."""
+    losses = []
+    for cache in False, True:
+        G, D = networks(64)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
-            results.append([step_of(*trained, IMAGES, fresh_noise=True) for step in range(2)])
-    assert_close(*results, rtol=0.05, atol=0)
+            losses.append(step_of(G, D, torch.rand(8, 3, 64, 64), fresh_noise=True))
+            images = G(LATENTS)
+    assert_close(*losses, rtol=0.05, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(images, G(LATENTS))
 
 @parametrize("decay, step, share", [[0.999, 1, 0.9], [0.5, 99, 0.5]])
 def test_average_has_a_short_memory_at_first(decay, step, share):
@@ -293,11 +292,8 @@ def test_cache_serves_until_size_crop_or_a_picture_changes():
         assert len(os.listdir("data")) == files
 
 @not_on_windows
-@mark.filterwarnings("error")
-def test_writing_to_the_cached_pictures_is_a_crash_of_which_torch_need_not_warn():
-    torch.set_warn_always(True)
+def test_writing_to_the_cached_pictures_is_a_crash():
     images = load_images("faces.zip")
-    torch.set_warn_always(False)
     child = os.fork()
     if child == 0:
         faulthandler.disable()
@@ -348,7 +344,9 @@ def test_sample_turns_minus_one_to_one_into_0_to_255():
     assert images.tolist() == [[0, 153, 255]]
 
 @parametrize("call, told", [
-    [lambda: networks()[1].features(IMAGES), "N x .3, 32, 32., not .2, 3, 64, 64."],
+    [lambda: networks(4), "image_size 4 is not 4, 5, 6 or 7 times"],
+    [lambda: networks(100), "image_size 100 is not"],
+    [lambda: networks()[1](IMAGES), "N x .3, 32, 32., not .2, 3, 64, 64."],
     [lambda: sample(nn.PReLU(), IMAGES), "call G.eval.. first"],
     [lambda: compare(IMAGES, IMAGES[:1]), "at least two"],
     [lambda: next(batches(IMAGES.numpy(), 2)), "uint8 .* in <class 'numpy.ndarray'>"],
@@ -360,9 +358,6 @@ def test_what_cannot_be_done_is_told(call, told):
 
 def test_equal_pictures_of_any_shape_are_at_no_distance():
     images = torch.randint(256, (2, 4, 256, 256)).byte()
-    features = dcgan.random_features(images)
-    assert features.shape == (2, 512)
-    assert features.min() >= 0
     assert compare(images, images) == approx((0, 1), abs=0.001)
 
 def test_distance_sees_blur_rather_than_brightness():
@@ -373,7 +368,8 @@ def test_distance_sees_blur_rather_than_brightness():
 
 def test_diversity_is_1_in_health_and_small_after_a_collapse_for_16_pictures_too():
     real, few = toy_faces(528, 32).split(512)
-    assert compare(few, real)[1] == approx(1, abs=0.3)
+    # Both exact, or figures measured before would not compare.
+    assert compare(few, real) == approx((3.042, 1.061), rel=0.01)
     assert compare(few[:8].repeat(2, 1, 1, 1), real)[1] < 0.5
 
 def test_loss_plot_shows_a_short_peak_and_a_low_loss_in_their_colours():
@@ -392,8 +388,8 @@ def test_gif_has_at_most_100_of_the_grids_that_can_be_read_and_ends_with_the_las
         Image.new("L", [8, 8], epoch).save(f"epoch_{epoch:03d}.png")
     animate(Path(), 250, "samples.gif")
     gif = Image.open("samples.gif")
-    assert gif.n_frames == 99
-    gif.seek(98)
+    assert gif.n_frames == 83
+    gif.seek(82)
     assert gif.convert("L").getpixel((0, 0)) == 250
 
 # ---- The run --------------------------------------------------------------------------------
@@ -407,7 +403,7 @@ def test_the_best_epoch_is_told_and_kept_and_draws_what_is_generated(monkeypatch
     assert re.search(r" frechet 20 diversity 1.0 best 2 minutes 0\.\d$", lines[-1])
     names = "epoch,step,loss_d,loss_g,D(x),D(G(z)),frechet,diversity,best"
     assert Path("out/log.csv").read_text().startswith(f"{names}\n1,5,")
-    assert checkpoint(name="best.pt")["step"] == 10
+    assert len(checkpoint(name="best.pt")["losses"]) == 10
     dcgan.main(["--generate=130"])
     assert "epoch 2: 130 pictures in " in capsys.readouterr().out
     assert len(os.listdir("out/generated-130")) == 130
@@ -426,7 +422,7 @@ def test_flags_reach_the_step(flags, kind, dtype, monkeypatch):
         assert "betas: (0.3, 0.999)" in repr(optimizer_g)
         assert kind in repr(optimizer_d)
         assert D(real).dtype == torch.float32
-        assert G(torch.zeros(2, 100)).dtype == dtype
+        assert G(LATENTS).dtype == dtype
         ones = torch.ones(9999, 1)
         assert 0.6 < loss_for_d(ones, -ones) < 0.8  # 0.4 more than without swapped labels
         twin = copy.deepcopy(G)
@@ -442,13 +438,16 @@ def test_flags_reach_the_step(flags, kind, dtype, monkeypatch):
 def test_the_end_of_an_epoch_tells_its_means_and_after_500_steps_a_collapse(monkeypatch, capsys):
     monkeypatch.setattr("dcgan.compare", lambda *args: (30, 0.69))
     Path("samples").mkdir()
-    state = dcgan.Run(parse_args(SMALL), torch.device("cpu"))
-    state.losses = torch.arange(36.0).reshape(9, 4)
-    for state.step in 500, 501:
-        dcgan.end_epoch(state, 5, None, Path(), 90)
+    args = parse_args([*SMALL, "--out=."])
+    args.epoch_steps = 5
+    run = dcgan.Run(args, torch.device("cpu"))
+    for steps in 500, 501:
+        run.losses = torch.arange(4.0).repeat(steps, 1)
+        run.losses[-5:] += 2
+        dcgan.end_epoch(run, args, None, 90)
         printed = capsys.readouterr().out
-        assert " loss_d 24.0 loss_g 25.0 " in printed
-        assert ("the generator collapses" in printed) == (state.step > 500)
+        assert " loss_d 2.0 loss_g 3.0 D(x) 4.0 " in printed
+        assert ("the generator collapses" in printed) == (steps > 500)
 
 # ---- However a run ends ---------------------------------------------------------------------
 @parametrize("seconds, number, saved", [[-1, 8, 8], [60, 3, 0]])
@@ -459,7 +458,7 @@ def test_interrupt_and_resume_as_if_nothing_had_been(seconds, number, saved, fin
         patch.setattr("dcgan.SAVE_SECONDS", seconds)
         patch.setattr("dcgan.update_average", ends)
         train("--epochs=3")
-    assert checkpoint()["step"] == saved
+    assert len(checkpoint()["losses"]) == saved
     assert "holds a run" in error_of(*SMALL)
     dcgan.main(["--resume"])
     assert_same_run("out", finished)
@@ -487,7 +486,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(monkeypatch):
         nn.init.constant_(G.layers[0].weight, torch.nan)
     monkeypatch.setattr("dcgan.update_average", spoil)
     assert "not finite at step 5" in error_of(*SMALL)
-    assert checkpoint()["step"] == 0
+    assert len(checkpoint()["losses"]) == 0
 
 def test_a_log_that_is_open_in_excel_does_not_end_the_run(capsys):
     Path("out/log.csv").mkdir(parents=True)
@@ -499,8 +498,8 @@ def test_a_run_is_not_continued_as_another(flag, told, finished):
     assert f"run's {told} and cannot change" in error_of("--resume", f"--out={finished}", flag)
 
 def test_a_file_is_replaced_when_the_new_one_is_on_the_disk_or_stays(monkeypatch):
-    def fsync(number):
-        assert os.fstat(number).st_size == 3
+    def fsync(file):
+        assert os.fstat(file.fileno()).st_size == 3
         raise OSError("the disk is full")
     monkeypatch.setattr("os.fsync", fsync)
     with raises(OSError), dcgan.atomic_write(Path("faces.zip")) as file:
@@ -520,7 +519,7 @@ def test_wrong_flags_are_argparses_error(flags):
     --device nowhere: --device nowhere cannot be used, try --device cpu
     --generate 3: best.pt (FileNotFoundError): train first, or check --out
     --generate 3 --out .: best.pt (UnpicklingError): train first, or check --out
-    --resume --out .: checkpoint.pt (ValueError): train first, or check --out
+    --resume --out .: checkpoint does not fit this version of dcgan.py
     --data data/celeba: img_align_celeba.zip is no folder and no readable .zip
     --data checkpoint.pt: no picture that can be read
 """.strip().splitlines())
