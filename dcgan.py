@@ -21,7 +21,7 @@ LATENT_DIM = 100
 def plan_maps(image_size, width):
     """Return the channels of D's feature maps, largest map first, and the last map's side:
     plan_maps(64, 64) is ([64, 128, 256, 512], 4). G reverses them. ValueError unless
-    image_size is 4, 5, 6 or 7 times a power of two (at least 2), such as 64 or 96."""
+    image_size is 4, 5, 6 or 7 times 2, 4, 8 or another power of two."""
     channels = []
     side = image_size
     # Each halving of the side doubles the channels, up to 8 * width.
@@ -33,8 +33,8 @@ def plan_maps(image_size, width):
     return channels, side
 
 def init_weights(module):
-    """Weights ~ N(0, 0.02^2), batch norm scales ~ N(1, 0.02^2) (code of Radford et al.).
-    Biases stay as torch draws them."""
+    """Weights ~ N(0, 0.02^2), batch norm scales ~ N(1, 0.02^2), as in Radford et al.'s code.
+    Biases keep torch's defaults."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -42,8 +42,8 @@ def init_weights(module):
 
 class Generator(nn.Module):
     """Latents N x latent_dim (or N x latent_dim x 1 x 1) -> images in [-1, 1],
-    N x image_channels x image_size x image_size. `slope` is LeakyReLU's negative slope: 0.01 in
-    the lecture, 0 (ReLU) in the paper; 0.2, the default here, is that of the paper's D."""
+    N x image_channels x image_size x image_size. `slope` is LeakyReLU's negative slope: by
+    default 0.2, as in the paper's D. The paper's G has 0 (ReLU), the lecture's 0.01."""
 
     def __init__(self, latent_dim=LATENT_DIM, image_channels=3, width=64, image_size=64, slope=0.2):
         super().__init__()
@@ -69,7 +69,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images in [-1, 1], N x image_channels x image_size x image_size -> float32 logits N x 1,
     positive for real. ValueError for images of another shape. With spectral norm or a gradient
-    penalty, pass `norm=nn.Identity`: then all weights stay as torch draws them."""
+    penalty, pass `norm=nn.Identity`, which also skips init_weights (reason below)."""
 
     def __init__(self, image_channels=3, width=64, image_size=64, slope=0.2, norm=nn.BatchNorm2d):
         super().__init__()
@@ -136,7 +136,7 @@ def train_step(
     optimizer_d.zero_grad()
     loss_d.backward()
     optimizer_d.step()
-    # Only matters inside a caller's autocast: its cache holds D's old weights in bfloat16.
+    # A caller's autocast would go on using its bfloat16 copies of D's old weights.
     torch.clear_autocast_cache()
 
     # (2) G learns to fool the updated D: maximise log D(G(z)).
@@ -148,7 +148,7 @@ def train_step(
     optimizer_g.zero_grad()
     loss_g.backward(inputs=list(G.parameters()))  # through D, but not into it
     optimizer_g.step()
-    torch.clear_autocast_cache()
+    torch.clear_autocast_cache()  # likewise for G
 
     d_real = real_logits.sigmoid().mean()
     d_fake = fake_logits.sigmoid().mean()
@@ -158,7 +158,7 @@ def train_step(
 def update_average(average, G, decay, step):
     """Move `average`, initially copy.deepcopy(G).eval(), towards G. `step` counts from 1.
     G and D tend to circle an optimum; averaged weights are often nearer to it and draw better."""
-    # Warm-up, from 0.1 on: early weights are near random, so use a shorter memory.
+    # Warm-up: the decay grows from 0.1, because early weights are near random.
     decay = min(decay, step / (9 + step))
     # A state dict holds the network's own tensors: writing into them changes the network.
     means = average.state_dict().values()
@@ -167,14 +167,14 @@ def update_average(average, G, decay, step):
             mean.lerp_(latest, 1 - decay)
 
 def adam(network, lr=4e-4, beta1=0.25):
-    """Each network's optimiser. These rates learn faster than the paper's and the lecture's,
+    """Each network's optimiser. These settings learn faster than the paper's and the lecture's,
     which are lr 2e-4 and beta1 0.5 (measured in .github/RESULTS.md)."""
     return torch.optim.Adam(network.parameters(), lr, (beta1, 0.999), fused=True)
 
 def train_steps(G, D, average, optimizer_g, optimizer_d, reals, done=0, decay=0.999, **options):
     """Train on each batch of `reals`; after each step, yield its number and what train_step
-    returned. `done` counts earlier steps: without it, a second call restarts the average's
-    warm-up. `options` are those of train_step."""
+    returned. `done` counts the steps before `reals`: without it, a second call restarts the
+    average's warm-up. `options` are those of train_step."""
     for step, real in enumerate(reals, start=done + 1):
         losses = train_step(G, D, optimizer_g, optimizer_d, real, **options)
         update_average(average, G, decay, step)
@@ -244,7 +244,7 @@ CELEBA_URLS = (
 CELEBA_COUNT = 202_599
 CELEBA_TRAINING_COUNT = 162_770
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-# Hidden and system folders, and what lies in them: .git, #recycle, $RECYCLE.BIN, @eaDir.
+# Hidden files and folders, and those of systems: .git, ._a.jpg, @eaDir, #recycle, $RECYCLE.BIN.
 HIDDEN = r"(^|[/\\])[.@#$]"
 
 def toy_faces(count=4096, image_size=64):
@@ -282,12 +282,12 @@ def download_celeba():
             unfinished.replace(CELEBA)
             return
         except Exception as error:
-            # gdown, the network and the disk fail in many ways.
+            # Google Drive, the network and the disk fail in many ways.
             say(f"no CelebA from {url}: {error!r}")
 
 def list_pictures(source):
-    """Return the paths of the pictures below a folder, links followed, or in a .zip, sorted.
-    UserError for anything else."""
+    """Return the sorted paths of all pictures in a folder (recursive, following links) or in a
+    .zip. UserError for anything else."""
     if source.is_dir():
         root, names = source, glob("**", root_dir=source, recursive=True)
     else:
@@ -296,7 +296,7 @@ def list_pictures(source):
         except Exception as error:
             # zipfile raises many kinds of errors.
             raise UserError(
-                f"{source} is no folder and no readable .zip ({error}); use --data toy or "
+                f"{source} is neither a folder nor a readable .zip ({error}); use --data toy or "
                 f"FOLDER_OR_ZIP, or put {CELEBA.name} into {CELEBA.parent}"
             )
         # Paths in a .zip can be read like those in a folder.
@@ -305,7 +305,7 @@ def list_pictures(source):
     for name in sorted(names):
         path = root / name
         hidden = re.search(HIDDEN, name)
-        # Only files, because to open a pipe would wait for ever.
+        # Only files, because opening a pipe would block forever.
         if name.lower().endswith(ENDINGS) and not hidden and path.is_file():
             paths.append(path)
     return paths
@@ -314,7 +314,7 @@ def decode(data, image_size=64, crop=None):
     """An encoded picture (bytes) -> its centred square, resized: RGB (PIL). `crop` is the side
     of the square: by default 160 for pictures of CelebA's 178 x 218 pixels, as in the lecture,
     and the largest for others. ValueError for Pillow's modes of more than 8 bits a channel."""
-    # This checks all of a PNG's checksums, but uses up the opened picture.
+    # This checks all of a PNG's checksums, but the picture must then be opened again.
     Image.open(BytesIO(data)).verify()
     picture = Image.open(BytesIO(data))
     # Converting would clip these: I and I;16 (integers) and F (floats).
@@ -337,8 +337,8 @@ def write_cache(cache, pictures, image_size, crop):
 
     def prepare(picture):
         data = b""
-        # A damaged .zip leaves `data` empty, which `decode` rejects. An error of the system, such
-        # as too many open files, ends the program: it must not cost the cache a picture.
+        # A damaged .zip leaves `data` empty, which `decode` rejects. A system error, such as too
+        # many open files, ends the program, or the cache would lack that picture for good.
         with suppress(BadZipFile, ZlibError, EOFError, RuntimeError):
             data = picture.read_bytes()
         try:
@@ -346,11 +346,11 @@ def write_cache(cache, pictures, image_size, crop):
         except MemoryError:
             raise
         except Exception as error:
-            # A broken picture may raise anything.
+            # A broken picture may raise anything, also an OSError of Pillow's.
             broken.append(f"skipped {str(picture)!r}: {error!r}")
             return b""
 
-    # Threads beyond the cores cost time; beyond eight, large photos could fill the memory.
+    # More threads than cores cost time; more than eight could fill the memory.
     threads = ThreadPool(min(8, os.cpu_count()))
     with threads, atomic_write(cache) as file:
         prepared = threads.imap(prepare, pictures, chunksize=64)
@@ -363,21 +363,21 @@ def write_cache(cache, pictures, image_size, crop):
 def load_images(path, image_size=64, crop=None):
     """A folder, a .zip or "toy" as one tensor: uint8, N x 3 x image_size x image_size.
     UserError if no picture can be read. Except for toy, it is mapped from a cache in data/, not
-    read into memory; to write to it crashes Python. Delete the cache after changing `decode`."""
+    read into memory; writing to it crashes Python. Delete the cache after changing `decode`."""
     if path == "toy":
         return toy_faces(image_size=image_size)
     source = Path(path).resolve()
     unpacked = any(CELEBA.parent.rglob("*.jpg"))
     if source == CELEBA.parent.resolve() and not unpacked:
-        source = CELEBA
-        if not CELEBA.exists():
+        source /= CELEBA.name
+        if not source.exists():
             download_celeba()
     pictures = list_pictures(source)
     # Of the complete CelebA, keep the training partition.
     if len(pictures) == CELEBA_COUNT:
         del pictures[CELEBA_TRAINING_COUNT:]
 
-    # Whatever changes a file changes one of these, and so the name of the cache.
+    # Any change to a file changes one of these, and with it the cache's name.
     key = [image_size, crop]
     for file in pictures if source.is_dir() else [source]:
         stat = file.stat()
@@ -394,7 +394,7 @@ def load_images(path, image_size=64, crop=None):
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
-    """uint8 images N x C x S x S -> the batches after the first `done`, floats in [-1, 1]; an
+    """uint8 images N x C x S x S -> batches of floats in [-1, 1], without the first `done`; an
     incomplete last batch is dropped. Seed and epoch decide the order. Side effect: before each
     batch, torch is reseeded from seed and step, so that a resumed run draws the same noise."""
     if images.dtype != torch.uint8:
@@ -408,7 +408,7 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
             if step <= done:
                 continue
             batch = images[chosen].to(device) / 127.5 - 1
-            # Without the 0, which has no meaning any more, older runs could not be repeated.
+            # The 0 means nothing now, but without it older runs could not be repeated.
             torch.manual_seed(crc32(f"noise {seed} {step} 0".encode()))
             yield batch.contiguous(memory_format=torch.channels_last)
 
@@ -416,7 +416,7 @@ def batches(images, batch_size, epochs=1, seed=42, done=0, device="cpu"):
 @torch.no_grad()
 def sample(G, latents):
     """Latents N x latent_dim -> uint8 N x channels x S x S on the CPU. ValueError if G is in
-    training mode, in which drawing would change it."""
+    training mode, in which sampling would change its batch norm."""
     if G.training:
         raise ValueError("sample needs G in eval mode: call G.eval() first")
     device = next(G.parameters()).device
@@ -440,9 +440,9 @@ def random_features(images):
 def compare(fake, real):
     """uint8 images N x C x S x S -> Frechet distance (lower is better) and diversity (1 is
     healthy, near 0 is a collapse). ValueError for fewer than two images. The distance is FID's
-    (Heusel et al. 2017, arXiv:1706.08500), but of random features. Diversity is the distance
-    to a near neighbour, of fakes relative to reals: coarse noise raises it, and it is blind to
-    missing kinds of faces."""
+    (Heusel et al. 2017, arXiv:1706.08500), but on random features. Diversity is the fakes' mean
+    distance to a near neighbour, divided by the reals': coarse noise raises it, and it is blind
+    to missing kinds of faces."""
     if min(len(fake), len(real)) < 2:
         raise ValueError("compare needs at least two images of each kind")
 
@@ -452,8 +452,8 @@ def compare(fake, real):
 
     def spread(images):
         points = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
-        # Not the very nearest, which is the image itself, nor the next: in simple pictures, any
-        # noise would count as diversity.
+        # The nearest image is the image itself. The next ones are skipped, too, from 32 images
+        # on: in simple pictures, noise alone would separate them.
         return torch.cdist(points, points).kthvalue(2 + len(images) // 32).values.mean()
 
     (fake_mean, fake_cov), (real_mean, real_cov) = moments(fake), moments(real)
@@ -478,7 +478,7 @@ def plot_losses(losses, epochs, path):
         x = 47 + 600 * epoch / epochs
         draw.text((x, 358), str(epoch), "black")
 
-    # As 600 means, so that a long run does not become a blot.
+    # Averaged to 600 points, so that a long run does not become a blot.
     means = F.adaptive_avg_pool1d(losses.T, 600)
     heights = 190 - 80 * means.clamp(0.01, 100).log10()
     curve_d, curve_g = heights.tolist()
@@ -491,9 +491,10 @@ def plot_losses(losses, epochs, path):
     image.save(path)
 
 def animate(folder, epochs, path):
-    """Make a GIF of the grids in `folder` that can be read: at most 100, back from the last."""
+    """Make a GIF of the readable grids in `folder`: at most 100, counting back from the last."""
     frames = []
-    for epoch in range(epochs, 0, -1 - epochs // 100):
+    every = 1 + epochs // 100
+    for epoch in range(epochs, 0, -every):
         # Pillow raises a SyntaxError for a broken PNG.
         with suppress(OSError, SyntaxError):
             frames.insert(0, Image.open(folder / f"epoch_{epoch:03d}.png").copy())
@@ -506,12 +507,12 @@ SAVE_SECONDS = 60
 # Steps between printed lines.
 LOG_STEPS = 100
 # Settings that --resume may change.
-MAY_CHANGE = "data", "epochs", "device", "precision", "out", "resume"
+MAY_CHANGE = "data", "epochs", "device", "precision", "resume"
 COLUMNS = "epoch", "step", "loss_d", "loss_g", "D(x)", "D(G(z))", "frechet", "diversity", "best"
 
 def log(*numbers, end=""):
-    """Print numbers in the order of COLUMNS, within an epoch the first six. Return them rounded,
-    as a row of log.csv."""
+    """Print numbers in the order of COLUMNS (in mid-epoch, the first six only). Return them
+    rounded, as a row of log.csv."""
     row = [round(number, 4) for number in numbers]
     say(" ".join(f"{name} {number}" for name, number in zip(COLUMNS, row)) + end)
     return row
@@ -548,7 +549,7 @@ class Run:
 
     def __init__(self, args, device):
         torch.manual_seed(args.seed)
-        # Kept, because they are needed to build a checkpoint's networks again.
+        # With these, a checkpoint's networks are built again.
         sizes = {"width": args.width, "image_size": args.image_size}
         self.G_arguments = {"slope": args.slope_g, **sizes}
         self.D_arguments = {"slope": args.slope_d, **sizes}
@@ -565,12 +566,14 @@ class Run:
             self.optimizer_d = adam(self.D, args.lr_d, args.beta1)
 
         self.fixed_noise = torch.randn(1024, LATENT_DIM)
-        # What train_step returned for each step, and the rows of log.csv.
+        # What train_step returned for each step, and a row of log.csv for each finished epoch.
         self.losses = torch.empty(0, 4)
         self.rows = []
         # The lowest distance so far, and its epoch.
         self.best = (torch.inf, 0)
-        self.settings = {**vars(args), "out": str(args.out)}
+        self.settings = vars(args).copy()
+        # The folder may be renamed.
+        del self.settings["out"]
 
     def save(self, path):
         """Write a checkpoint. UserError if a weight or a loss is infinite or NaN."""
@@ -579,7 +582,7 @@ class Run:
         if not nn.utils.get_total_norm(tensors).isfinite():
             raise UserError(
                 f"a loss or weight is not finite at step {len(self.losses)}, so it is not saved; "
-                "try lower --lr-g and --lr-d with a new --out"
+                "try a lower --lr-g and --lr-d with a new --out"
             )
         state = {}
         for name, value in vars(self).items():
@@ -591,8 +594,8 @@ class Run:
             file.write(buffer.getbuffer())
 
     def load(self, state):
-        """Restore what `save` wrote, except the settings. UserError if one differs that must
-        not, or if the checkpoint is another program's."""
+        """Restore what `save` wrote, except the settings. UserError if a setting differs that may
+        not change, or if the checkpoint is another version's."""
         try:
             for name, old in state["settings"].items():
                 if self.settings[name] != old and name not in MAY_CHANGE:
@@ -607,20 +610,20 @@ class Run:
 
 def end_epoch(run, args, real, seconds):
     """Draw and measure the average's fakes, print the epoch's line, write its files, and keep
-    the best epoch. `seconds` is the time since training began."""
+    the best epoch. `seconds` is the time since this start of the training."""
     losses = run.losses.cpu()
     epoch = len(run.rows) + 1
     means = losses[-args.epoch_steps:].mean(0).tolist()
     fakes = sample(run.average, run.fixed_noise)
     frechet, diversity = compare(fakes, real)
-    # Of equal distances, the first one is the best.
+    # Ties go to the earlier epoch.
     run.best = min(run.best, (frechet, epoch))
     best_epoch = run.best[1]
     numbers = epoch, len(losses), *means, frechet, diversity, best_epoch
     run.rows.append(log(*numbers, end=f" minutes {seconds / 60:.1f}"))
     # Early on, fakes look alike even in healthy runs.
     if len(losses) > 500 and diversity < 0.7:
-        say("warning: the generator collapses: its pictures are too similar")
+        say("warning: the generator is collapsing: its pictures are too similar")
 
     save_image(fakes[:64] / 255, args.out / "samples" / f"epoch_{epoch:03d}.png")
     plot_losses(losses[:, :2], epoch, args.out / "losses.png")
@@ -628,8 +631,8 @@ def end_epoch(run, args, real, seconds):
         with open(args.out / "log.csv", "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *run.rows])
     except OSError as error:
-        # On Windows, a file that is open in Excel cannot be replaced.
-        say(f"log.csv stays as it is, its rows are in checkpoint.pt: {error}")
+        # On Windows, a file that is open in Excel cannot be written.
+        say(f"log.csv was not updated, its rows are in checkpoint.pt: {error}")
     if best_epoch == epoch:
         run.save(args.out / "best.pt")
 
@@ -642,13 +645,13 @@ def train(run, args, images, device):
     run.save(checkpoint)
     (args.out / "samples").mkdir(exist_ok=True)
     save_image(real[:64] / 255, args.out / "real.png")
-    # On the GPU, choosing a batch is fastest. Half of its free memory is left to training.
+    # Indexing is fastest on the GPU. Half of its free memory is left for training.
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
 
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    # As a decorator of forward, autocast covers G and D, but not the losses and the average.
+    # On these two instances, forward runs under autocast; the losses and the average do not.
     for network in run.G, run.D:
         network.forward = MethodType(autocast(type(network).forward), network)
     # All batches have one shape, so let cuDNN try out its kernels and keep the fastest.
@@ -678,8 +681,8 @@ def train(run, args, images, device):
     animate(args.out / "samples", args.epochs, args.out / "samples.gif")
 
 def generate(args):
-    """Draw args.generate pictures with the average of the best epoch; save a grid of the first
-    64, too."""
+    """Draw args.generate pictures with the average of the best epoch, and save a grid of the
+    first 64."""
     saved = read_checkpoint(args.out / "best.pt")
     G = Generator(**saved["G_arguments"]).eval()
     G.load_state_dict(saved["average"])
@@ -727,14 +730,14 @@ def parse_args(argv, **settings):
     flag("--batch-size", natural, 128, "images per step")
     flag("--lr-g", fraction, 4e-4, "generator's learning rate (the paper: 2e-4)")
     flag("--lr-d", fraction, 4e-4, "discriminator's learning rate (the paper: 2e-4)")
-    flag("--beta1", fraction, 0.25, "of Adam (the paper: 0.5)")
-    flag("--optimizer-d", str, "adam", "of the discriminator", ["adam", "sgd"])
+    flag("--beta1", fraction, 0.25, "of both Adams (the paper: 0.5)")
+    flag("--optimizer-d", str, "adam", "discriminator's optimiser", ["adam", "sgd"])
     flag("--flip-labels", fraction, 0.0, "share of the discriminator's labels to swap")
     flag("--out", Path, "out", "output folder")
     flag("--seed", int, 42, "random seed")
     flag("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", ["auto", "bf16", "fp32"])
-    parser.add_argument("--fresh-noise", action="store_true", help="new noise for G's half")
+    parser.add_argument("--fresh-noise", action="store_true", help="new noise for the generator's update")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--generate", type=natural, metavar="N", help="draw N pictures instead")
@@ -766,8 +769,8 @@ def start(argv):
     # `compare` needs at least two pictures.
     needed = max(2, args.batch_size)
     if len(images) < needed:
-        raise UserError(f"--data has {len(images)} pictures, --batch-size needs {needed}")
-    # Saved with the settings, so that Run.load refuses data with another number of batches.
+        raise UserError(f"--data has {len(images)} pictures, a batch needs {needed}")
+    # Saved with the settings, so that Run.load refuses data of another size.
     args.epoch_steps = len(images) // args.batch_size
     run = Run(args, device)
     if args.resume:
@@ -779,7 +782,7 @@ def main(argv=None):
     try:
         start(argv)
     except KeyboardInterrupt:
-        print("dcgan.py: interrupted; once training has begun, --resume continues", file=sys.stderr)
+        print("dcgan.py: interrupted; if training had begun, --resume continues", file=sys.stderr)
         raise SystemExit(130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split()) or repr(error)

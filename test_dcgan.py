@@ -278,7 +278,7 @@ def test_pictures_that_the_system_cannot_read_end_the_start(function, monkeypatc
 
 def test_whatever_a_zip_cannot_be_opened_for_ends_in_one_line(monkeypatch):
     monkeypatch.setattr("dcgan.ZipFile", Mock(side_effect=NotImplementedError("\n" + 999 * "x")))
-    assert "is no folder and no readable .zip ( xxx" in error_of(*SMALL)
+    assert "is neither a folder nor a readable .zip ( xxx" in error_of(*SMALL)
 
 @not_on_windows
 def test_cache_serves_until_size_crop_or_a_picture_changes():
@@ -447,7 +447,7 @@ def test_the_end_of_an_epoch_tells_its_means_and_after_500_steps_a_collapse(monk
         dcgan.end_epoch(run, args, None, 90)
         printed = capsys.readouterr().out
         assert " loss_d 2.0 loss_g 3.0 D(x) 4.0 " in printed
-        assert ("the generator collapses" in printed) == (steps > 500)
+        assert ("the generator is collapsing" in printed) == (steps > 500)
 
 # ---- However a run ends ---------------------------------------------------------------------
 @parametrize("seconds, number, saved", [[-1, 8, 8], [60, 3, 0]])
@@ -491,7 +491,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(monkeypatch):
 def test_a_log_that_is_open_in_excel_does_not_end_the_run(capsys):
     Path("out/log.csv").mkdir(parents=True)
     train("--epochs=1")
-    assert "log.csv stays as it is" in capsys.readouterr().out
+    assert "log.csv was not updated" in capsys.readouterr().out
 
 @parametrize("flag, told", [["--width=5", "width is 4"], ["--data=toy", "epoch_steps is 5"]])
 def test_a_run_is_not_continued_as_another(flag, told, finished):
@@ -514,13 +514,13 @@ def test_wrong_flags_are_argparses_error(flags):
         train(*flags.split())
 
 @parametrize("line", """
-    --batch-size 41: --data has 40 pictures, --batch-size needs 41
-    --data . --batch-size 1: --data has 1 pictures, --batch-size needs 2
+    --batch-size 41: --data has 40 pictures, a batch needs 41
+    --data . --batch-size 1: --data has 1 pictures, a batch needs 2
     --device nowhere: --device nowhere cannot be used, try --device cpu
     --generate 3: best.pt (FileNotFoundError): train first, or check --out
     --generate 3 --out .: best.pt (UnpicklingError): train first, or check --out
     --resume --out .: checkpoint does not fit this version of dcgan.py
-    --data data/celeba: img_align_celeba.zip is no folder and no readable .zip
+    --data data/celeba: img_align_celeba.zip is neither a folder nor a readable .zip
     --data checkpoint.pt: no picture that can be read
 """.strip().splitlines())
 def test_bad_input_is_one_line_and_saves_nothing(line):
