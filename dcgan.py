@@ -737,7 +737,7 @@ def parse_args(argv, **settings):
     flag("--seed", int, 42, "random seed")
     flag("--device", str, "auto", "auto, cpu, cuda, cuda:1, mps, ...")
     flag("--precision", str, "auto", "auto: bf16 if native", ["auto", "bf16", "fp32"])
-    parser.add_argument("--fresh-noise", action="store_true", help="new noise for the generator's update")
+    parser.add_argument("--fresh-noise", action="store_true", help="new noise for G's update")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="continue the run in --out")
     either.add_argument("--generate", type=natural, metavar="N", help="draw N pictures instead")
