@@ -357,7 +357,7 @@ def write_cache(cache, pictures, image_size, crop):
         file.writelines(tqdm(prepared, "preparing", len(pictures), disable=None))
         for line in broken[:10]:
             say(line)
-        if file.tell() == 0:
+        if not file.tell():
             raise UserError("--data has no picture that can be read")
 
 def load_images(path, image_size=64, crop=None):
@@ -429,11 +429,11 @@ def random_features(images):
     rng = torch.Generator().manual_seed(0)
     maps = images / 127.5 - 1
     for channels in 32, 64, 128:
-        filters = torch.randn(channels, maps.shape[1], 4, 4, generator=rng)
+        filters = torch.empty(channels, maps.shape[1], 4, 4)
+        nn.init.kaiming_normal_(filters, generator=rng)
         if channels == 32:
             # The first filters sum to zero, so that brightness alone does not count.
             filters -= filters.mean([1, 2, 3], keepdim=True)
-        filters *= (2 / filters[0].numel()) ** 0.5  # Kaiming's scale for ReLU
         maps = F.conv2d(maps, filters, stride=2, padding=1).relu()
     return F.adaptive_avg_pool2d(maps, 2).flatten(1)
 
@@ -480,8 +480,7 @@ def plot_losses(losses, epochs, path):
 
     # Averaged to 600 points, so that a long run does not become a blot.
     means = F.adaptive_avg_pool1d(losses.T, 600)
-    heights = 190 - 80 * means.clamp(0.01, 100).log10()
-    curve_d, curve_g = heights.tolist()
+    curve_d, curve_g = (190 - 80 * means.clamp(0.01, 100).log10()).tolist()
     for name, left, color, curve in (
         ("generator", 150, "#d2691e", curve_g),
         ("discriminator", 50, "#1f5fa8", curve_d),
@@ -756,8 +755,7 @@ def start(argv):
     """Train or generate, as the command line says."""
     args = parse_args(argv)
     if args.generate:
-        generate(args)
-        return
+        return generate(args)
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
         saved = read_checkpoint(checkpoint)
