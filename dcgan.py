@@ -29,7 +29,7 @@ def plan_maps(image_size, width):
         side //= 2
         channels.append(width * min(8, 2 ** len(channels)))
     if not channels or side >= 8:
-        raise ValueError(f"image_size {image_size} is not 4, 5, 6 or 7 times a power of two")
+        raise ValueError(f"image_size {image_size} is not 4, 5, 6 or 7 times 2, 4, 8, ...")
     return channels, side
 
 def init_weights(module):
@@ -136,7 +136,7 @@ def train_step(
     optimizer_d.zero_grad()
     loss_d.backward()
     optimizer_d.step()
-    # A caller's autocast would go on using its bfloat16 copies of D's old weights.
+    # If the caller uses autocast, its cache still holds bfloat16 copies of D's old weights.
     torch.clear_autocast_cache()
 
     # (2) G learns to fool the updated D: maximise log D(G(z)).
@@ -338,7 +338,7 @@ def write_cache(cache, pictures, image_size, crop):
     def prepare(picture):
         data = b""
         # A damaged .zip leaves `data` empty, which `decode` rejects. A system error, such as too
-        # many open files, ends the program, or the cache would lack that picture for good.
+        # many open files, must end the program: else the cache would lack that picture for good.
         with suppress(BadZipFile, ZlibError, EOFError, RuntimeError):
             data = picture.read_bytes()
         try:
@@ -367,6 +367,7 @@ def load_images(path, image_size=64, crop=None):
     if path == "toy":
         return toy_faces(image_size=image_size)
     source = Path(path).resolve()
+    # CelebA's folder stands for the .zip in it, unless the pictures were unpacked there.
     unpacked = any(CELEBA.parent.rglob("*.jpg"))
     if source == CELEBA.parent.resolve() and not unpacked:
         source /= CELEBA.name
@@ -381,7 +382,7 @@ def load_images(path, image_size=64, crop=None):
     key = [image_size, crop]
     for file in pictures if source.is_dir() else [source]:
         stat = file.stat()
-        key += str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        key += [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()
     cache = Path("data", f"{digest}.dcgan")
     if not cache.exists():
@@ -452,8 +453,8 @@ def compare(fake, real):
 
     def spread(images):
         points = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
-        # The nearest image is the image itself. The next ones are skipped, too, from 32 images
-        # on: in simple pictures, noise alone would separate them.
+        # The nearest is the image itself. Of many images, 1 in 32 is skipped as well: near-copies
+        # that differ only by noise must not count as diverse.
         return torch.cdist(points, points).kthvalue(2 + len(images) // 32).values.mean()
 
     (fake_mean, fake_cov), (real_mean, real_cov) = moments(fake), moments(real)
@@ -650,7 +651,8 @@ def train(run, args, images, device):
 
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    # On these two instances, forward runs under autocast; the losses and the average do not.
+    # Of these two instances, forward runs under autocast; the losses and the average do not.
+    # Bound anew, so that a deep copy of G would call its own forward.
     for network in run.G, run.D:
         network.forward = MethodType(autocast(type(network).forward), network)
     # All batches have one shape, so let cuDNN try out its kernels and keep the fastest.
@@ -682,7 +684,7 @@ def train(run, args, images, device):
 def generate(args):
     """Draw args.generate pictures with the average of the best epoch, and save a grid of the
     first 64."""
-    saved = read_checkpoint(args.out / "best.pt")
+    saved, _ = read_checkpoint(args.out / "best.pt")
     G = Generator(**saved["G_arguments"]).eval()
     G.load_state_dict(saved["average"])
     G.to(find_device(args.device))
@@ -744,9 +746,10 @@ def parse_args(argv, **settings):
     return parser.parse_args(argv)
 
 def read_checkpoint(path):
-    """Return a checkpoint as a dict of tensors and plain values."""
+    """Return a checkpoint, a dict of tensors and plain values, and the settings in it."""
     try:
-        return torch.load(path, "cpu", weights_only=True)
+        saved = torch.load(path, "cpu", weights_only=True)
+        return saved, saved["settings"]
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"cannot read {path} ({kind}): train first, or check --out")
@@ -758,8 +761,8 @@ def start(argv):
         return generate(args)
     checkpoint = args.out / "checkpoint.pt"
     if args.resume:
-        saved = read_checkpoint(checkpoint)
-        args = parse_args(argv, **saved["settings"])
+        saved, settings = read_checkpoint(checkpoint)
+        args = parse_args(argv, **settings)
     elif checkpoint.exists():
         raise UserError(f"{args.out} holds a run: --resume it, delete it or use another --out")
     device = find_device(args.device)

@@ -519,14 +519,14 @@ def test_wrong_flags_are_argparses_error(flags):
     --device nowhere: --device nowhere cannot be used, try --device cpu
     --generate 3: best.pt (FileNotFoundError): train first, or check --out
     --generate 3 --out .: best.pt (UnpicklingError): train first, or check --out
-    --resume --out .: checkpoint does not fit this version of dcgan.py
+    --resume --out .: checkpoint.pt (KeyError): train first, or check --out
     --data data/celeba: img_align_celeba.zip is neither a folder nor a readable .zip
     --data checkpoint.pt: no picture that can be read
 """.strip().splitlines())
 def test_bad_input_is_one_line_and_saves_nothing(line):
     for name in "one.png", "best.pt":
         Path(name).write_bytes(FACES[0])
-    torch.save({"settings": {}}, "checkpoint.pt")
+    torch.save({}, "checkpoint.pt")
     flags, told = line.split(": ", 1)
     assert told in error_of(*SMALL, *flags.split())
     assert not Path("out").exists()
