@@ -5,6 +5,7 @@
     python dcgan.py --epochs 20                             CelebA, the lecture's faces
     python dcgan.py --generate 1000                         new faces, from the best epoch
     python dcgan.py --resume                                continue a run, however it ended
+    python dcgan.py --resume --epochs 40                    or extend it
 
 Exit status: 0 on success, 1 for an error you can fix, 2 for a wrong flag, 130 after Ctrl-C.
 Sources: Radford et al. 2016, arXiv:1511.06434; Raschka 2021, STAT 453, lecture 18.6.
