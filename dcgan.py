@@ -158,7 +158,8 @@ def train_step(
 @torch.no_grad()
 def update_average(average, G, decay, step):
     """Move `average`, initially copy.deepcopy(G).eval(), towards G. `step` counts from 1.
-    G and D tend to circle an optimum; averaged weights are often nearer to it and draw better."""
+    G and D tend to circle an optimum; averaged weights are often nearer to it and draw better
+    (Yazici et al. 2019, arXiv:1806.04498)."""
     # Warm-up: the decay grows from 0.1, because early weights are near random.
     decay = min(decay, step / (9 + step))
     # A state dict holds the network's own tensors: writing into them changes the network.
