@@ -291,7 +291,8 @@ def list_pictures(source):
     """Return the sorted paths of all pictures in a folder (recursive, following links) or in a
     .zip. UserError for anything else."""
     if source.is_dir():
-        root, names = source, glob("**", root_dir=source, recursive=True)
+        root = source
+        names = glob("**", root_dir=source, recursive=True)
     else:
         try:
             archive = ZipFile(source)
@@ -302,7 +303,8 @@ def list_pictures(source):
                 f"FOLDER_OR_ZIP, or put {CELEBA.name} into {CELEBA.parent}"
             )
         # Paths in a .zip can be read like those in a folder.
-        root, names = ZipPath(archive), archive.namelist()
+        root = ZipPath(archive)
+        names = archive.namelist()
     paths = []
     for name in sorted(names):
         path = root / name
@@ -483,7 +485,8 @@ def plot_losses(losses, epochs, path):
 
     # Averaged to 600 points, so that a long run does not become a blot.
     means = F.adaptive_avg_pool1d(losses.T, 600)
-    curve_d, curve_g = (190 - 80 * means.clamp(0.01, 100).log10()).tolist()
+    heights = 190 - 80 * means.clamp(0.01, 100).log10()
+    curve_d, curve_g = heights.tolist()
     for name, left, color, curve in (
         ("generator", 150, "#d2691e", curve_g),
         ("discriminator", 50, "#1f5fa8", curve_d),
@@ -497,9 +500,10 @@ def animate(folder, epochs, path):
     frames = []
     every = 1 + epochs // 100
     for epoch in range(epochs, 0, -every):
+        grid = folder / f"epoch_{epoch:03d}.png"
         # Pillow raises a SyntaxError for a broken PNG.
         with suppress(OSError, SyntaxError):
-            frames.insert(0, Image.open(folder / f"epoch_{epoch:03d}.png").copy())
+            frames.insert(0, Image.open(grid).copy())
     if frames:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
@@ -662,7 +666,8 @@ def train(run, args, images, device):
     options = {"decay": args.ema, "fresh_noise": args.fresh_noise}
     if args.flip_labels:
         options["loss_for_d"] = partial(flipped_loss, args.flip_labels)
-    done, total = len(run.losses), args.epochs * args.epoch_steps
+    done = len(run.losses)
+    total = args.epochs * args.epoch_steps
     reals = batches(images, args.batch_size, args.epochs, args.seed, done, device)
     steps = train_steps(
         run.G, run.D, run.average, run.optimizer_g, run.optimizer_d, reals, done, **options

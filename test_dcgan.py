@@ -368,7 +368,7 @@ def test_distance_sees_blur_rather_than_brightness():
 
 def test_diversity_is_1_in_health_and_small_after_a_collapse_for_16_pictures_too():
     real, few = toy_faces(528, 32).split(512)
-    # Both exact, or figures measured before would not compare.
+    # Pinned, or figures measured before would not compare.
     assert compare(few, real) == approx((3.042, 1.061), rel=0.01)
     assert compare(few[:8].repeat(2, 1, 1, 1), real)[1] < 0.5
 
