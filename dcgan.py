@@ -459,7 +459,8 @@ def compare(fake, real):
         points = F.adaptive_avg_pool2d(images.float(), 8).flatten(1)
         # The nearest is the image itself. Of many images, 1 in 32 is skipped as well: near-copies
         # that differ only by noise must not count as diverse.
-        return torch.cdist(points, points).kthvalue(2 + len(images) // 32).values.mean()
+        k = 2 + len(images) // 32
+        return torch.cdist(points, points).kthvalue(k).values.mean()
 
     (fake_mean, fake_cov), (real_mean, real_cov) = moments(fake), moments(real)
     # |gap|^2 + trace(A + B - 2 sqrt(A B)) for covariances A, B. The trace of a root is the sum
